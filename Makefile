@@ -1,0 +1,36 @@
+# Needs Python >= 3.11 with pip, and make. Everything else goes into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test lint bench-overhead train-demo clean
+
+demo: $(STAMP)
+	$(BIN)/vsraq demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench-overhead: $(STAMP)
+	$(BIN)/python benchmarks/overhead.py
+
+train-demo: $(STAMP)
+	$(BIN)/python examples/train_demo_moe.py
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	    "vsraq needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check \
+	    -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv dist build

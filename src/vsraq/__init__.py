@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Router-aligned quantization of mixture-of-experts models, as an AutoRound plug-in."""
