@@ -1,0 +1,567 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Router-alignment losses, one value per token.
+
+Shapes: T tokens, E experts, K = the router's top-k. Every function takes the
+quantized model's raw router logits first and the full-precision ones second,
+`(..., E) x (..., E) -> (...)`, and reduces nothing but the expert axis. `pi` sorts the
+experts by full-precision logit, highest first; ties go to the lower index. The math
+runs in float32 (float64 for float64 input) and is differentiable in `q_logits`.
+
+`fp_logits` may be a `RankedLogits` instead of the full tensor: the first m ranks only,
+which is all that most losses read and far less to store per calibration token.
+
+Sources: "VSRAQ" is arXiv:2606.05688, "SRA" is Selective Router Alignment.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class RankedLogits:
+    """The first m full-precision ranks of each token.
+
+    Attributes:
+        values: Logits in descending order, float32, shape (..., m).
+        indices: Their expert indices, int16, shape (..., m).
+        num_experts: E.
+    """
+
+    values: Tensor
+    indices: Tensor
+    num_experts: int
+
+    def to(self, device: torch.device | str) -> "RankedLogits":
+        """The same ranks on another device."""
+        return RankedLogits(
+            self.values.to(device), self.indices.to(device), self.num_experts
+        )
+
+
+FpLogits: TypeAlias = Tensor | RankedLogits
+TokenLoss: TypeAlias = Callable[..., Tensor]
+
+
+def rank_logits(fp_logits: Tensor, ranks: int | None = None) -> RankedLogits:
+    """Keep the highest `ranks` logits of each token.
+
+    Args:
+        fp_logits: Full-precision router logits, (..., E).
+        ranks: m, from 1 to E; None keeps all E.
+
+    Returns:
+        The ranked form, detached.
+
+    Raises:
+        ValueError: `ranks` is outside 1..E.
+    """
+    num_experts = fp_logits.shape[-1]
+    ranks = num_experts if ranks is None else ranks
+    if not 1 <= ranks <= num_experts:
+        raise ValueError(f"ranks={ranks}: allowed is 1 to num_experts={num_experts}")
+    logits = _computed(fp_logits.detach())
+    values, indices = torch.sort(logits, dim=-1, descending=True, stable=True)
+    # contiguous() so that the full sort is not kept alive by a view of it
+    return RankedLogits(
+        values[..., :ranks].contiguous(),
+        indices[..., :ranks].to(torch.int16).contiguous(),
+        num_experts,
+    )
+
+
+def topk_mse(
+    q_logits: Tensor,
+    fp_logits: FpLogits,
+    *,
+    top_k: int,
+    multiplier: int | Literal["all"] = 1,
+) -> Tensor:
+    """Squared logit error over the first m = min(multiplier * K, E) ranks.
+
+    (1/m) sum_{i<=m} (zq_pi(i) - zf_pi(i))^2: VSRAQ Eq. 7 with `multiplier=1`, SRA Eq. 9
+    with 3, every expert with "all". Units: logits squared.
+
+    Args:
+        q_logits: Quantized router logits, (..., E).
+        fp_logits: Full-precision router logits, (..., E) or at least m ranks.
+        top_k: K, from 1 to E.
+        multiplier: How many times K ranks count, a positive int or "all".
+
+    Returns:
+        (...), >= 0, zero where the first m logits agree.
+
+    Raises:
+        ValueError: A shape or a hyper-parameter is not allowed.
+    """
+    check_hyperparameters(top_k=top_k, multiplier=multiplier)
+    m = multiplied_ranks(top_k, _num_experts(q_logits, top_k), multiplier)
+    q, fp = _by_rank(q_logits, fp_logits, m)
+    return (q - fp).square().mean(-1)
+
+
+def sigmoid_aware_mse(
+    q_logits: Tensor,
+    fp_logits: FpLogits,
+    *,
+    top_k: int,
+    gamma: float = 1.0,
+    eps: float = 1e-3,
+) -> Tensor:
+    """Squared error of the sigmoid scores, heaviest where the sigmoid is steep.
+
+    (1/K) sum_{i<=K} w_i (s(zq_pi(i)) - s(zf_pi(i)))^2 with s the sigmoid and
+    w_i = (p_i (1 - p_i))^gamma + eps, p_i = s(zf_pi(i)): VSRAQ Eq. 8-10.
+
+    Args:
+        q_logits: Quantized router logits, (..., E).
+        fp_logits: Full-precision router logits, (..., E) or at least K ranks.
+        top_k: K, from 1 to E.
+        gamma: Exponent of the steepness, >= 0.
+        eps: Weight that saturated scores keep, >= 0.
+
+    Returns:
+        (...), >= 0, zero where the first K logits agree.
+
+    Raises:
+        ValueError: A shape or a hyper-parameter is not allowed.
+    """
+    check_hyperparameters(top_k=top_k, gamma=gamma, eps=eps)
+    _num_experts(q_logits, top_k)
+    q, fp = _by_rank(q_logits, fp_logits, top_k)
+    p = fp.sigmoid()
+    weight = (p * (1 - p)).pow(gamma) + eps
+    return (weight * (q.sigmoid() - p).square()).mean(-1)
+
+
+def rank_loss(
+    q_logits: Tensor, fp_logits: FpLogits, *, top_k: int, margin: float = 0.0
+) -> Tensor:
+    """Keep the order of the selected experts.
+
+    1/(K-1) sum_{i<K} softplus(margin - (zq_pi(i) - zq_pi(i+1))): VSRAQ Eq. 13. Reads
+    only the order of `fp_logits`; it does not vanish when the logits agree.
+
+    Args:
+        q_logits: Quantized router logits, (..., E).
+        fp_logits: Full-precision router logits, (..., E) or at least K ranks.
+        top_k: K, from 1 to E. K = 1 has no pair and gives 0.
+        margin: Gap in logits below which a neighbour pair costs more.
+
+    Returns:
+        (...), >= 0.
+
+    Raises:
+        ValueError: A shape or a hyper-parameter is not allowed.
+    """
+    check_hyperparameters(top_k=top_k, margin=margin)
+    _num_experts(q_logits, top_k)
+    q, _ = _by_rank(q_logits, fp_logits, top_k)
+    gaps = q[..., :-1] - q[..., 1:]
+    return F.softplus(margin - gaps).sum(-1) / max(top_k - 1, 1)
+
+
+def margin_loss(
+    q_logits: Tensor, fp_logits: FpLogits, *, top_k: int, boundary: int = 1
+) -> Tensor:
+    """Keep the margins between the last selected and the nearest unselected experts.
+
+    (1/b) sum_{j<=b} (dq_j - df_j)^2 with d_j = z_pi(K) - z_pi(K+j): VSRAQ Eq. 14-15.
+
+    Args:
+        q_logits: Quantized router logits, (..., E).
+        fp_logits: Full-precision router logits, (..., E) or the first K+b ranks.
+        top_k: K, from 1 to E.
+        boundary: b >= 1. Where K + b > E, the mean runs over the experts that exist;
+            K = E has none and gives 0.
+
+    Returns:
+        (...), >= 0, zero where the margins agree. A constant shift of the logits
+        changes nothing. Units: logits squared.
+
+    Raises:
+        ValueError: A shape or a hyper-parameter is not allowed.
+    """
+    check_hyperparameters(top_k=top_k, boundary=boundary)
+    m = boundary_ranks(top_k, _num_experts(q_logits, top_k), boundary)
+    q, fp = _by_rank(q_logits, fp_logits, m)
+    error = q - fp
+    difference = error[..., top_k - 1 : top_k] - error[..., top_k:]
+    return difference.square().sum(-1) / max(m - top_k, 1)
+
+
+def pairwise_margin_loss(
+    q_logits: Tensor, fp_logits: FpLogits, *, top_k: int, boundary: int = 1
+) -> Tensor:
+    """Keep every margin among the selected and the nearest unselected experts.
+
+    Mean over pairs i < j of the first m = min(K + b, E) ranks of
+    ((zq_i - zq_j) - (zf_i - zf_j))^2, computed as 2m/(m-1) times the variance of
+    zq - zf. A reconstruction of DREAM-MoE's objective from its public description; the
+    paper's exact formula is not public.
+
+    Args:
+        q_logits: Quantized router logits, (..., E).
+        fp_logits: Full-precision router logits, (..., E) or the first K+b ranks.
+        top_k: K, from 1 to E.
+        boundary: b >= 1, unselected experts that take part.
+
+    Returns:
+        (...), >= 0, zero where all margins agree (m = 1 has no pair and gives 0). A
+        constant shift of the logits changes nothing. Units: logits squared.
+
+    Raises:
+        ValueError: A shape or a hyper-parameter is not allowed.
+    """
+    check_hyperparameters(top_k=top_k, boundary=boundary)
+    m = boundary_ranks(top_k, _num_experts(q_logits, top_k), boundary)
+    q, fp = _by_rank(q_logits, fp_logits, m)
+    error = q - fp
+    centred = error - error.mean(-1, keepdim=True)
+    return centred.square().sum(-1) * (2 / max(m - 1, 1))
+
+
+def router_kl(
+    q_logits: Tensor, fp_logits: FpLogits, *, top_m: int | None = None
+) -> Tensor:
+    """KL(softmax(zf) || softmax(zq)) in nats (EAQuant, arXiv:2506.13329).
+
+    Args:
+        q_logits: Quantized router logits, (..., E).
+        fp_logits: Full-precision router logits, (..., E) or at least `top_m` ranks.
+        top_m: Renormalise both over the first `top_m` full-precision ranks, 1 to E;
+            None takes all experts.
+
+    Returns:
+        (...), >= 0. A constant shift of the logits changes nothing.
+
+    Raises:
+        ValueError: A shape or a hyper-parameter is not allowed.
+    """
+    check_hyperparameters(top_m=top_m)
+    num_experts = q_logits.shape[-1]
+    if top_m is not None and top_m > num_experts:
+        raise ValueError(f"top_m={top_m}: allowed is 1 to num_experts={num_experts}")
+    q, fp = _by_rank(q_logits, fp_logits, top_m or num_experts)
+    q_log_p, fp_log_p = q.log_softmax(-1), fp.log_softmax(-1)
+    return F.kl_div(q_log_p, fp_log_p, reduction="none", log_target=True).sum(-1)
+
+
+def vsraq_loss(
+    q_logits: Tensor,
+    fp_logits: FpLogits,
+    *,
+    top_k: int,
+    boundary: int = 1,
+    alpha: float = 0.3,
+    gamma: float = 1.0,
+    eps: float = 1e-3,
+    rank_margin: float = 0.0,
+    rank_weight: float = 0.01,
+    margin_weight: float = 0.05,
+) -> Tensor:
+    """Value and structure alignment: the whole router loss of VSRAQ, Eq. 17.
+
+    (1 - alpha) topk_mse + alpha sigmoid_aware_mse + rank_weight rank_loss
+    + margin_weight margin_loss (Eq. 11 and 16), defaults from Table 1.
+
+    Args:
+        q_logits: Quantized router logits, (..., E).
+        fp_logits: Full-precision router logits, (..., E) or the first K+b ranks.
+        top_k: K, from 1 to E.
+        boundary: b of the margin term, >= 1.
+        alpha: Share of the sigmoid-aware term, 0 to 1.
+        gamma: Exponent of the sigmoid-aware weight, >= 0.
+        eps: Floor of the sigmoid-aware weight, >= 0.
+        rank_margin: Margin of the rank term, in logits.
+        rank_weight: Weight of the rank term, >= 0.
+        margin_weight: Weight of the margin term, >= 0.
+
+    Returns:
+        (...), >= 0.
+
+    Raises:
+        ValueError: A shape or a hyper-parameter is not allowed.
+    """
+    check_hyperparameters(
+        top_k=top_k,
+        boundary=boundary,
+        alpha=alpha,
+        rank_margin=rank_margin,
+        rank_weight=rank_weight,
+        margin_weight=margin_weight,
+    )
+    if isinstance(fp_logits, Tensor):  # sort once for all terms
+        _check_shapes(q_logits, fp_logits)
+        ranks = boundary_ranks(top_k, _num_experts(q_logits, top_k), boundary)
+        fp_logits = rank_logits(fp_logits, ranks)
+    sigmoid_aware = sigmoid_aware_mse(
+        q_logits, fp_logits, top_k=top_k, gamma=gamma, eps=eps
+    )
+    value = (1 - alpha) * topk_mse(q_logits, fp_logits, top_k=top_k)
+    value = value + alpha * sigmoid_aware
+    rank = rank_loss(q_logits, fp_logits, top_k=top_k, margin=rank_margin)
+    margin = margin_loss(q_logits, fp_logits, top_k=top_k, boundary=boundary)
+    return value + rank_weight * rank + margin_weight * margin
+
+
+def reduce_tokens(loss: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean over the tokens that count: sum(mask * loss) / sum(mask) (SRA Eq. 8).
+
+    Args:
+        loss: Per-token loss, any shape.
+        mask: The same shape; 1 (or True) where the token counts, 0 where not.
+
+    Returns:
+        A scalar. No token that counts gives exactly 0, still attached to the graph.
+
+    Raises:
+        ValueError: `mask` has another shape than `loss`.
+    """
+    if mask is None:
+        return loss.sum() / max(loss.numel(), 1)
+    if mask.shape != loss.shape:
+        raise ValueError(
+            f"mask has shape {tuple(mask.shape)}: allowed is the shape of the loss, "
+            f"{tuple(loss.shape)}"
+        )
+    weight = mask.to(loss.dtype)
+    total = weight.sum()
+    # where() drops whatever stands at masked positions, NaN of padding included
+    kept = torch.where(weight > 0, loss * weight, torch.zeros_like(loss))
+    return kept.sum() / torch.where(total > 0, total, torch.ones_like(total))
+
+
+class RouterLoss(nn.Module):
+    """A per-token loss with its hyper-parameters, reduced to a scalar.
+
+    Args:
+        token_loss: A function of this file, or one with its signature.
+        **hyperparameters: Its keyword arguments, checked here once.
+
+    Raises:
+        ValueError: A hyper-parameter is not allowed.
+    """
+
+    def __init__(self, token_loss: TokenLoss, **hyperparameters: Any) -> None:
+        super().__init__()
+        check_hyperparameters(**hyperparameters)
+        self.token_loss = token_loss
+        self.hyperparameters = hyperparameters
+
+    def forward(
+        self, q_logits: Tensor, fp_logits: FpLogits, mask: Tensor | None = None
+    ) -> Tensor:
+        """Mean loss over the tokens whose `mask` is 1.
+
+        Args:
+            q_logits: Quantized router logits, (..., E).
+            fp_logits: Full-precision router logits, (..., E) or ranked.
+            mask: (...), or None when every token counts.
+
+        Returns:
+            A scalar.
+
+        Raises:
+            ValueError: A shape is not allowed.
+        """
+        loss = self.token_loss(q_logits, fp_logits, **self.hyperparameters)
+        return reduce_tokens(loss, mask)
+
+    def extra_repr(self) -> str:
+        """The hyper-parameters, for `repr`."""
+        return ", ".join(f"{k}={v!r}" for k, v in self.hyperparameters.items())
+
+
+class TopKMSELoss(RouterLoss):
+    """`topk_mse` as a module (VSRAQ Eq. 7; SRA Table 3 for other multipliers)."""
+
+    def __init__(self, top_k: int, multiplier: int | Literal["all"] = 1) -> None:
+        super().__init__(topk_mse, top_k=top_k, multiplier=multiplier)
+
+
+class SigmoidAwareLoss(RouterLoss):
+    """`sigmoid_aware_mse` as a module (VSRAQ Eq. 8-10)."""
+
+    def __init__(self, top_k: int, gamma: float = 1.0, eps: float = 1e-3) -> None:
+        super().__init__(sigmoid_aware_mse, top_k=top_k, gamma=gamma, eps=eps)
+
+
+class RankLoss(RouterLoss):
+    """`rank_loss` as a module (VSRAQ Eq. 13)."""
+
+    def __init__(self, top_k: int, margin: float = 0.0) -> None:
+        super().__init__(rank_loss, top_k=top_k, margin=margin)
+
+
+class MarginLoss(RouterLoss):
+    """`margin_loss` as a module (VSRAQ Eq. 14-15)."""
+
+    def __init__(self, top_k: int, boundary: int = 1) -> None:
+        super().__init__(margin_loss, top_k=top_k, boundary=boundary)
+
+
+class PairwiseMarginLoss(RouterLoss):
+    """`pairwise_margin_loss` as a module (a reconstruction of DREAM-MoE)."""
+
+    def __init__(self, top_k: int, boundary: int = 1) -> None:
+        super().__init__(pairwise_margin_loss, top_k=top_k, boundary=boundary)
+
+
+class RouterKLLoss(RouterLoss):
+    """`router_kl` as a module (EAQuant)."""
+
+    def __init__(self, top_m: int | None = None) -> None:
+        super().__init__(router_kl, top_m=top_m)
+
+
+class SRALoss(RouterLoss):
+    """Top-3K MSE over the selected tokens (SRA Eq. 8-9); its mask is required."""
+
+    def __init__(self, top_k: int, multiplier: int | Literal["all"] = 3) -> None:
+        super().__init__(topk_mse, top_k=top_k, multiplier=multiplier)
+
+    def forward(
+        self, q_logits: Tensor, fp_logits: FpLogits, mask: Tensor | None = None
+    ) -> Tensor:
+        """Mean loss over the selected tokens.
+
+        Raises:
+            ValueError: `mask` is None, or a shape is not allowed.
+        """
+        if mask is None:
+            raise ValueError(
+                "mask=None: SRALoss aligns selected tokens only, so pass their mask, "
+                "or use TopKMSELoss(top_k, multiplier=3) for all tokens"
+            )
+        return super().forward(q_logits, fp_logits, mask)
+
+
+class VSRAQLoss(RouterLoss):
+    """`vsraq_loss` as a module (VSRAQ Eq. 17, defaults of Table 1)."""
+
+    def __init__(
+        self,
+        top_k: int,
+        boundary: int = 1,
+        alpha: float = 0.3,
+        gamma: float = 1.0,
+        eps: float = 1e-3,
+        rank_margin: float = 0.0,
+        rank_weight: float = 0.01,
+        margin_weight: float = 0.05,
+    ) -> None:
+        super().__init__(
+            vsraq_loss,
+            top_k=top_k,
+            boundary=boundary,
+            alpha=alpha,
+            gamma=gamma,
+            eps=eps,
+            rank_margin=rank_margin,
+            rank_weight=rank_weight,
+            margin_weight=margin_weight,
+        )
+
+
+def multiplied_ranks(top_k: int, num_experts: int, multiplier: int | str) -> int:
+    """How many ranks `topk_mse` reads: min(multiplier * K, E), or E for "all"."""
+    if multiplier == "all":
+        return num_experts
+    return min(int(multiplier) * top_k, num_experts)
+
+
+def boundary_ranks(top_k: int, num_experts: int, boundary: int) -> int:
+    """How many ranks a margin loss reads: min(K + b, E)."""
+    return min(top_k + boundary, num_experts)
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: Any) -> bool:
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool | str)
+        and (math.isfinite(value))
+    )
+
+
+_POSITIVE_INT = (lambda v: _is_int(v) and v >= 1, "a positive int")
+_FINITE = (_is_finite, "a finite number")
+_NOT_NEGATIVE = (lambda v: _is_finite(v) and v >= 0, "a finite number >= 0")
+_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "top_k": _POSITIVE_INT,
+    "boundary": _POSITIVE_INT,
+    "multiplier": (
+        lambda v: v == "all" or _POSITIVE_INT[0](v),
+        'a positive int or "all"',
+    ),
+    "top_m": (lambda v: v is None or _POSITIVE_INT[0](v), "a positive int or None"),
+    "alpha": (lambda v: _is_finite(v) and 0 <= v <= 1, "a number from 0 to 1"),
+    "gamma": _NOT_NEGATIVE,
+    "eps": _NOT_NEGATIVE,
+    "margin": _FINITE,
+    "rank_margin": _FINITE,
+    "rank_weight": _NOT_NEGATIVE,
+    "margin_weight": _NOT_NEGATIVE,
+}
+
+
+def check_hyperparameters(**hyperparameters: Any) -> None:
+    """Check values that do not depend on a tensor; unknown names pass.
+
+    Raises:
+        ValueError: One is not allowed, with its name, value and what is allowed.
+    """
+    for name, value in hyperparameters.items():
+        is_allowed, allowed = _ALLOWED.get(name, (lambda _: True, ""))
+        if not is_allowed(value):
+            raise ValueError(f"{name}={value!r}: allowed is {allowed}")
+
+
+def _num_experts(q_logits: Tensor, top_k: int) -> int:
+    num_experts = q_logits.shape[-1]
+    if top_k > num_experts:
+        raise ValueError(f"top_k={top_k}: allowed is 1 to num_experts={num_experts}")
+    return num_experts
+
+
+def _computed(logits: Tensor) -> Tensor:
+    """Float32, or float64 where the caller has it (gradient checks)."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _check_shapes(q_logits: Tensor, fp_logits: FpLogits) -> None:
+    if isinstance(fp_logits, Tensor):
+        fp_shape: tuple[int, ...] = tuple(fp_logits.shape)
+    else:
+        fp_shape = (*fp_logits.values.shape[:-1], fp_logits.num_experts)
+    if tuple(q_logits.shape) != fp_shape:
+        raise ValueError(
+            f"q_logits has shape {tuple(q_logits.shape)} and fp_logits {fp_shape}: "
+            "allowed are equal shapes (..., num_experts)"
+        )
+
+
+def _by_rank(
+    q_logits: Tensor, fp_logits: FpLogits, ranks: int
+) -> tuple[Tensor, Tensor]:
+    """Both logits at the first full-precision ranks, (..., ranks) each."""
+    _check_shapes(q_logits, fp_logits)
+    if isinstance(fp_logits, Tensor):
+        fp_logits = rank_logits(fp_logits, ranks)
+    available = fp_logits.values.shape[-1]
+    if available < ranks:
+        raise ValueError(
+            f"fp_logits holds {available} ranks: this loss reads {ranks}; "
+            f"keep them with rank_logits(fp_logits, {ranks})"
+        )
+    index = fp_logits.indices[..., :ranks].long()
+    return _computed(q_logits).gather(-1, index), fp_logits.values[..., :ranks]

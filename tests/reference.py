@@ -1,0 +1,93 @@
+"""Slow loop twins of `vsraq.losses`: the formulas of the papers, token by token."""
+
+import math
+
+
+def _order(fp):
+    return sorted(range(len(fp)), key=lambda e: (-fp[e], e))
+
+
+def _sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def _softplus(x):
+    return math.log1p(math.exp(-abs(x))) + max(x, 0.0)
+
+
+def topk_mse(q, fp, *, top_k, multiplier=1):
+    m = len(fp) if multiplier == "all" else min(multiplier * top_k, len(fp))
+    first = _order(fp)[:m]
+    return sum((q[e] - fp[e]) ** 2 for e in first) / m
+
+
+def sigmoid_aware_mse(q, fp, *, top_k, gamma=1.0, eps=1e-3):
+    total = 0.0
+    for e in _order(fp)[:top_k]:
+        p = _sigmoid(fp[e])
+        total += ((p * (1 - p)) ** gamma + eps) * (_sigmoid(q[e]) - p) ** 2
+    return total / top_k
+
+
+def rank_loss(q, fp, *, top_k, margin=0.0):
+    if top_k == 1:
+        return 0.0
+    order = _order(fp)
+    total = 0.0
+    for i in range(top_k - 1):
+        total += _softplus(margin - (q[order[i]] - q[order[i + 1]]))
+    return total / (top_k - 1)
+
+
+def margin_loss(q, fp, *, top_k, boundary=1):
+    order = _order(fp)
+    last = order[top_k - 1]
+    near = order[top_k : top_k + boundary]
+    if not near:
+        return 0.0
+    return sum(((q[last] - q[e]) - (fp[last] - fp[e])) ** 2 for e in near) / len(near)
+
+
+def pairwise_margin_loss(q, fp, *, top_k, boundary=1):
+    near = _order(fp)[: top_k + boundary]
+    pairs = [(i, j) for n, i in enumerate(near) for j in near[n + 1 :]]
+    if not pairs:
+        return 0.0
+    return sum(((q[i] - q[j]) - (fp[i] - fp[j])) ** 2 for i, j in pairs) / len(pairs)
+
+
+def router_kl(q, fp, *, top_m=None):
+    first = _order(fp)[:top_m]
+    q_sum = sum(math.exp(q[e]) for e in first)
+    fp_sum = sum(math.exp(fp[e]) for e in first)
+    total = 0.0
+    for e in first:
+        p = math.exp(fp[e]) / fp_sum
+        total += p * (math.log(p) - math.log(math.exp(q[e]) / q_sum))
+    return total
+
+
+def vsraq_loss(
+    q,
+    fp,
+    *,
+    top_k,
+    boundary=1,
+    alpha=0.3,
+    gamma=1.0,
+    eps=1e-3,
+    rank_margin=0.0,
+    rank_weight=0.01,
+    margin_weight=0.05,
+):
+    return (
+        (1 - alpha) * topk_mse(q, fp, top_k=top_k)
+        + alpha * sigmoid_aware_mse(q, fp, top_k=top_k, gamma=gamma, eps=eps)
+        + rank_weight * rank_loss(q, fp, top_k=top_k, margin=rank_margin)
+        + margin_weight * margin_loss(q, fp, top_k=top_k, boundary=boundary)
+    )
+
+
+def jaccard(q_selected, fp_selected):
+    q, fp = set(q_selected), set(fp_selected)
+    return len(q & fp) / len(q | fp)
