@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named router objectives: which loss, with which hyper-parameters.
+
+An objective is data. A new one is one row in `OBJECTIVES`; a loss of your own is
+`Objective("mine", my_loss)` with `my_loss(q_logits, fp_logits, *, top_k) -> (...)`.
+"""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from vsraq.losses import (
+    FpLogits,
+    TokenLoss,
+    boundary_ranks,
+    check_hyperparameters,
+    margin_loss,
+    multiplied_ranks,
+    pairwise_margin_loss,
+    rank_loss,
+    router_kl,
+    sigmoid_aware_mse,
+    topk_mse,
+    vsraq_loss,
+)
+
+RanksRead: TypeAlias = Callable[[int, int, Mapping[str, Any]], int]
+
+
+def _all_ranks(top_k: int, num_experts: int, _: Mapping[str, Any]) -> int:
+    return num_experts
+
+
+def _top_k_ranks(top_k: int, num_experts: int, _: Mapping[str, Any]) -> int:
+    return min(top_k, num_experts)
+
+
+def _multiplied(top_k: int, num_experts: int, values: Mapping[str, Any]) -> int:
+    return multiplied_ranks(top_k, num_experts, values["multiplier"])
+
+
+def _near_boundary(top_k: int, num_experts: int, values: Mapping[str, Any]) -> int:
+    return boundary_ranks(top_k, num_experts, values["boundary"])
+
+
+def _top_m_ranks(top_k: int, num_experts: int, values: Mapping[str, Any]) -> int:
+    return values["top_m"] or num_experts
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A per-token router loss with its hyper-parameters.
+
+    Attributes:
+        name: What logs and configs call it.
+        token_loss: `(q_logits, fp_logits, *, ...) -> (...)`; gets `top_k` if it has
+            such an argument.
+        hyperparameters: Keyword arguments of `token_loss` besides `top_k`.
+        ranks_read: `(top_k, num_experts, hyperparameters) -> int`, how many
+            full-precision ranks the loss reads; capture stores no more than that. The
+            default is all experts.
+
+    Raises:
+        ValueError: The loss has no such hyper-parameter, or its value is not allowed.
+    """
+
+    name: str
+    token_loss: TokenLoss
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    ranks_read: RanksRead = _all_ranks
+
+    def __post_init__(self) -> None:
+        parameters = inspect.signature(self.token_loss).parameters
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        own = [n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+        own = [name for name in own if name != "top_k"]
+        for name in self.hyperparameters:
+            if name not in own and not takes_any:
+                raise ValueError(
+                    f"{name}={self.hyperparameters[name]!r}: objective {self.name!r} "
+                    f"has no such hyper-parameter; it has {', '.join(own) or 'none'}"
+                )
+        defaults = {
+            name: parameters[name].default
+            for name in own
+            if parameters[name].default is not inspect.Parameter.empty
+        }
+        complete = defaults | dict(self.hyperparameters)
+        check_hyperparameters(**complete)
+        object.__setattr__(self, "hyperparameters", MappingProxyType(complete))
+
+    def __call__(self, q_logits: Tensor, fp_logits: FpLogits, *, top_k: int) -> Tensor:
+        """The loss of each token, (..., E) x (..., E) -> (...)."""
+        if "top_k" in inspect.signature(self.token_loss).parameters:
+            return self.token_loss(
+                q_logits, fp_logits, top_k=top_k, **self.hyperparameters
+            )
+        return self.token_loss(q_logits, fp_logits, **self.hyperparameters)
+
+    def ranks(self, top_k: int, num_experts: int) -> int:
+        """How many full-precision ranks this objective reads."""
+        return self.ranks_read(top_k, num_experts, self.hyperparameters)
+
+    def __str__(self) -> str:
+        values = ", ".join(f"{k}={v}" for k, v in self.hyperparameters.items())
+        return f"{self.name}({values})"
+
+
+OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
+    {
+        o.name: o
+        for o in (
+            Objective("vsraq", vsraq_loss, {}, _near_boundary),
+            Objective("topk_mse", topk_mse, {"multiplier": 1}, _multiplied),
+            Objective("top3k_mse", topk_mse, {"multiplier": 3}, _multiplied),
+            Objective("sigmoid_aware_mse", sigmoid_aware_mse, {}, _top_k_ranks),
+            Objective("rank", rank_loss, {}, _top_k_ranks),
+            Objective("margin", margin_loss, {}, _near_boundary),
+            Objective("pairwise_margin", pairwise_margin_loss, {}, _near_boundary),
+            Objective("router_kl", router_kl, {}, _top_m_ranks),
+        )
+    }
+)
+
+
+def get_objective(objective: str | Objective, **hyperparameters: Any) -> Objective:
+    """Resolve a name, or an objective of your own, with other hyper-parameters.
+
+    Args:
+        objective: A key of `OBJECTIVES`, or an `Objective`.
+        **hyperparameters: Replace those of the objective.
+
+    Returns:
+        The objective.
+
+    Raises:
+        ValueError: The name is unknown, or a hyper-parameter is not allowed.
+        TypeError: `objective` is neither a name nor an `Objective`.
+    """
+    if isinstance(objective, str):
+        if objective not in OBJECTIVES:
+            near = difflib.get_close_matches(objective, OBJECTIVES, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"objective={objective!r}: allowed are {', '.join(OBJECTIVES)}, or an "
+                f"Objective.{hint}"
+            )
+        objective = OBJECTIVES[objective]
+    if not isinstance(objective, Objective):
+        raise TypeError(
+            f"objective={objective!r} is a {type(objective).__name__}: pass one of "
+            f"{', '.join(OBJECTIVES)}, or vsraq.Objective(name, token_loss)"
+        )
+    if not hyperparameters:
+        return objective
+    return Objective(
+        objective.name,
+        objective.token_loss,
+        dict(objective.hyperparameters) | hyperparameters,
+        objective.ranks_read,
+    )
