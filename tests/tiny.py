@@ -1,0 +1,179 @@
+"""Tiny random models of real families, and what they need to go through AutoRound."""
+
+import json
+import logging
+import random
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    Glm4MoeConfig,
+    GptOssConfig,
+    GraniteMoeConfig,
+    LlamaConfig,
+    MixtralConfig,
+    NemotronHConfig,
+    OlmoeConfig,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+    SolarOpenConfig,
+)
+
+VOCAB = 256
+SEQLEN = 32
+EXPERTS = 8
+TOP_K = 2
+
+_BASE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "num_experts_per_tok": TOP_K,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+    "initializer_range": 0.2,  # logits that differ, so that rounding matters
+}
+
+CONFIGS = {
+    "solar_open": lambda: SolarOpenConfig(
+        **_BASE, head_dim=32, moe_intermediate_size=32, n_routed_experts=EXPERTS
+    ),
+    "glm4_moe": lambda: Glm4MoeConfig(
+        **_BASE | {"num_hidden_layers": 3},
+        head_dim=32,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        n_routed_experts=EXPERTS,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+    ),
+    "deepseek_v3": lambda: DeepseekV3Config(
+        **_BASE | {"num_hidden_layers": 3},
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        n_routed_experts=EXPERTS,
+        n_group=4,
+        topk_group=2,
+        first_k_dense_replace=1,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        v_head_dim=32,
+        num_mtp_layers=0,
+    ),
+    "nemotron_h": lambda: NemotronHConfig(
+        **{k: v for k, v in _BASE.items() if k != "num_hidden_layers"},
+        layers_block_type=["linear_attention", "moe", "full_attention", "moe"],
+        head_dim=32,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        moe_shared_expert_intermediate_size=32,
+        n_routed_experts=EXPERTS,
+        mamba_num_heads=4,
+        mamba_head_dim=32,
+        ssm_state_size=16,
+        n_groups=2,
+        chunk_size=16,
+    ),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **_BASE,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        num_experts=EXPERTS,
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **_BASE,
+        head_dim=32,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_experts=EXPERTS,
+    ),
+    "mixtral": lambda: MixtralConfig(
+        **_BASE, intermediate_size=32, num_local_experts=EXPERTS
+    ),
+    "olmoe": lambda: OlmoeConfig(**_BASE, intermediate_size=32, num_experts=EXPERTS),
+    "granitemoe": lambda: GraniteMoeConfig(
+        **_BASE, intermediate_size=32, num_local_experts=EXPERTS
+    ),
+    "gpt_oss": lambda: GptOssConfig(
+        **_BASE, head_dim=32, intermediate_size=32, num_local_experts=EXPERTS
+    ),
+    "llama": lambda: LlamaConfig(
+        **{k: v for k, v in _BASE.items() if k != "num_experts_per_tok"},
+        intermediate_size=64,
+    ),
+}
+MOE_FAMILIES = [name for name in CONFIGS if name != "llama"]
+MOE_LAYERS = {name: 2 for name in MOE_FAMILIES}
+
+
+def tiny_model(family, seed=0):
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family]()).eval()
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.randn_like(buffer) * 0.1)
+    return model
+
+
+def tiny_tokenizer():
+    """Bytes as tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {char: index for index, char in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=alphabet[0], pad_token=alphabet[0]
+    )
+
+
+def save(family, folder, seed=0):
+    """A checkpoint on disk, with its tokenizer, as a user has it."""
+    tiny_model(family, seed).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def calibration(samples=8, seqlen=SEQLEN, seed=0):
+    """Token ids as AutoRound takes them: a list of (1, seqlen) tensors."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCAB, (samples, seqlen), generator=generator)
+    return list(ids.split(1))
+
+
+def save_text(path, samples=16):
+    """The same as a local file for AutoRound's own data loading."""
+    generator = random.Random(0)
+    with path.open("w") as file:
+        for _ in range(samples):
+            text = "".join(chr(generator.randrange(33, 127)) for _ in range(SEQLEN * 2))
+            file.write(json.dumps({"text": text}) + "\n")
+    return str(path)
+
+
+class LogLines(logging.Handler):
+    """The messages of our logger, whatever AutoRound's logger does with them."""
+
+    def __init__(self):
+        super().__init__(logging.INFO)
+        self.messages = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+    def __enter__(self):
+        logging.getLogger("autoround.vsraq").addHandler(self)
+        return self.messages
+
+    def __exit__(self, *_):
+        logging.getLogger("autoround.vsraq").removeHandler(self)
