@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Record the router logits of a block while it runs.
+
+    with RouterCapture(block, routers) as capture:
+        block(hidden_states)
+        q_logits = capture.take()["mlp.gate"]   # (T, E), attached to the graph
+
+Only routers are hooked: a hook on an expert would switch AutoRound's grouped-expert
+kernel off. Outside the `with` block no hook is left, also after an exception.
+
+A forward pass under torch.compile is captured too, as long as `keep` is not given.
+torch.compile neither guards on hooks nor traces them anew for the next block of the
+same class, so a compiled hook must find its state through the module that it is called
+with, not through a closure: it only appends the router's input to a list on that
+module, and `take` computes the logits outside. A `keep` of your own runs in eager mode
+only.
+"""
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Generic, Self, TypeVar
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from vsraq.routers import Router, router_logits
+
+Kept = TypeVar("Kept")
+
+
+_INPUTS = "_vsraq_router_inputs"
+
+
+def _record_input(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    getattr(module, _INPUTS).append(args[0] if args else next(iter(kwargs.values())))
+
+
+class RouterCapture(Generic[Kept]):
+    """A context manager that keeps something of every router call.
+
+    Args:
+        module: The block or model that holds the routers.
+        routers: Their descriptions, named relative to `module`.
+        keep: `(router, logits (T, E)) -> anything`, called once per router call; the
+            default keeps the logits as they are, attached to the graph.
+
+    Raises:
+        ValueError: There is no router to capture.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        routers: Sequence[Router],
+        keep: Callable[[Router, Tensor], Kept] | None = None,
+    ) -> None:
+        if not routers:
+            raise ValueError(
+                f"routers=(): {type(module).__name__} has no router to capture"
+            )
+        self.module = module
+        self.routers = tuple(routers)
+        self._keep = keep
+        self._kept: dict[str, list[Kept]] = {r.name: [] for r in self.routers}
+        self._handles: list[RemovableHandle] = []
+
+    def open(self) -> Self:
+        """Register the hooks; `with` does this.
+
+        Raises:
+            RuntimeError: This capture, or another without `keep` on one of the same
+                routers, is open already.
+        """
+        modules = [self._router(router) for router in self.routers]
+        if self._handles or (
+            self._keep is None and any(_INPUTS in m.__dict__ for m in modules)
+        ):
+            raise RuntimeError(
+                f"a RouterCapture of this {type(self.module).__name__} is open "
+                "already; allowed is one at a time, so close() it first"
+            )
+        for router, module in zip(self.routers, modules, strict=True):
+            if self._keep is None:
+                module.__dict__[_INPUTS] = []
+                hook: Callable[..., None] = _record_input
+            else:
+                hook = self._keeping_hook(self._keep, router)
+            self._handles.append(
+                module.register_forward_pre_hook(hook, with_kwargs=True)
+            )
+        return self
+
+    def close(self) -> None:
+        """Remove the hooks; what was kept stays until `take` or `clear`."""
+        if self._handles and self._keep is None:
+            for router in self.routers:
+                del self._router(router).__dict__[_INPUTS]
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def clear(self) -> None:
+        """Forget what was kept so far."""
+        for router in self.routers:
+            self._kept[router.name].clear()
+            self._router(router).__dict__.get(_INPUTS, []).clear()
+
+    def take(self) -> dict[str, list[Kept]]:
+        """What was kept since the last `take`, per router, one item per call.
+
+        Raises:
+            RuntimeError: A router was not called.
+        """
+        if self._keep is None:
+            for router in self.routers:
+                module = self._router(router)
+                self._kept[router.name] += [
+                    router_logits(module, hidden_states)  # type: ignore[misc]
+                    for hidden_states in module.__dict__.get(_INPUTS, ())
+                ]
+        silent = [name for name, kept in self._kept.items() if not kept]
+        if silent:
+            raise RuntimeError(
+                f"router {', '.join(silent)} of {type(self.module).__name__} was not "
+                "called: its block's forward did not run, or it uses the router's "
+                "weight without calling the module"
+            )
+        taken = {name: list(kept) for name, kept in self._kept.items()}
+        self.clear()
+        return taken
+
+    def __enter__(self) -> Self:
+        return self.open()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.clear()
+        self.close()
+
+    def _router(self, router: Router) -> nn.Module:
+        return self.module.get_submodule(router.name)
+
+    def _keeping_hook(
+        self, keep: Callable[[Router, Tensor], Kept], router: Router
+    ) -> Callable[..., None]:
+        kept = self._kept[router.name]
+
+        def hook(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> None:
+            hidden_states = args[0] if args else next(iter(kwargs.values()))
+            kept.append(keep(router, router_logits(module, hidden_states)))
+
+        return hook
