@@ -1,0 +1,45 @@
+import math
+
+import pytest
+import torch
+
+import tiny
+from test_capture import hook_count
+from vsraq.analysis import compare
+from vsraq.routers import find_routers
+
+BATCHES = torch.cat(tiny.calibration(samples=6)).split(2)
+
+
+def test_a_model_agrees_with_itself():
+    model = tiny.tiny_model("solar_open")
+    result = compare(model, model, BATCHES)
+    assert result.kl == 0
+    assert set(result.jaccard.values()) == {1.0}
+    assert list(result.jaccard) == [r.name for r in find_routers(model)]
+    losses = [model(ids, labels=ids).loss.item() for ids in BATCHES]
+    assert result.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)))
+
+
+def test_figures_of_a_changed_model():
+    model, changed = tiny.tiny_model("glm4_moe"), tiny.tiny_model("glm4_moe")
+    with torch.no_grad():
+        for layer in changed.model.layers:
+            layer.self_attn.o_proj.weight.mul_(1.3)
+    result = compare(changed, model, BATCHES)
+    assert result.kl > 0
+    assert 0 < result.mean_jaccard < 1
+    assert hook_count(model) == hook_count(changed) == 0
+
+
+def test_the_correction_bias_counts():
+    model, biased = tiny.tiny_model("solar_open"), tiny.tiny_model("solar_open")
+    for layer in biased.model.layers:
+        layer.mlp.gate.e_score_correction_bias[0] += 10  # expert 0 for every token
+    result = compare(biased, model, BATCHES)
+    assert result.jaccard["model.layers.0.mlp.gate"] < 1
+
+
+def test_other_routers_are_refused():
+    with pytest.raises(ValueError, match="allowed are equal ones"):
+        compare(tiny.tiny_model("olmoe"), tiny.tiny_model("glm4_moe"), BATCHES)
