@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rooms that import `auto_round`; importing this one registers "vsraq" there."""
+
+from auto_round.algorithms.registry import register_algorithm
+
+from vsraq.autoround.config import VSRAQConfig
+from vsraq.autoround.quantizer import VSRAQQuantizer
+
+register_algorithm(
+    "vsraq",
+    config_factory=VSRAQConfig,
+    summary="SignRound with router alignment for mixture-of-experts models.",
+)
+
+__all__ = ["VSRAQConfig", "VSRAQQuantizer"]

@@ -1,0 +1,61 @@
+import gc
+import json
+import os
+import tempfile
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# where AutoRound keeps offloaded blocks; its default is the current folder
+os.environ.setdefault("AR_WORK_SPACE", tempfile.mkdtemp(prefix="vsraq-tests-"))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+from auto_round import AutoRound
+
+import tiny
+from vsraq.demo.text import documents
+
+# AutoRound collects garbage a dozen times a run; skip what the imports have left.
+gc.collect()
+gc.freeze()
+
+
+@pytest.fixture
+def vsraq_log():
+    with tiny.LogLines() as messages:
+        yield messages
+
+
+@pytest.fixture
+def quantize():
+    """Run real AutoRound on a tiny model; the run and its model come back."""
+
+    def run(model, config, scheme="W4A16", *, dataset=None, **kwargs):
+        arguments = {
+            "tokenizer": tiny.tiny_tokenizer(),
+            "scheme": scheme,
+            "alg_configs": config,
+            "dataset": tiny.calibration() if dataset is None else dataset,
+            "nsamples": 8,
+            "seqlen": tiny.SEQLEN,
+            "batch_size": 4,
+            "device_map": "cpu",
+            "enable_torch_compile": False,  # needs a C++ compiler on the CPU
+        } | kwargs
+        autoround = AutoRound(model, **arguments)
+        quantized, _ = autoround.quantize()
+        return autoround, quantized
+
+    yield run
+    gc.collect()
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    """Calibration text as a local file, the way AutoRound reads one."""
+    path = tmp_path_factory.mktemp("text") / "calibration.jsonl"
+    with path.open("w") as file:
+        for document in documents("calibration"):
+            for start in range(0, len(document) - 2000, 2000):
+                text = document[start : start + 2000]
+                file.write(json.dumps({"text": text}) + "\n")
+    return str(path)

@@ -1,0 +1,408 @@
+"""The plug-in inside real AutoRound runs on tiny models."""
+
+import gc
+import re
+import shutil
+
+import pytest
+import torch
+from auto_round import AutoRound
+from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from torch import nn
+
+import tiny
+from test_capture import hook_count
+from vsraq import Objective, VSRAQConfig
+from vsraq.autoround import VSRAQQuantizer
+from vsraq.losses import topk_mse
+
+
+def weights(model):
+    return {
+        name: module.weight.detach().clone()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def tuned(quantize, config, family="solar_open", scheme="W4A16", **kwargs):
+    _, model = quantize(tiny.tiny_model(family), config, scheme, **kwargs)
+    return weights(model)
+
+
+BLOCK_LINE = re.compile(
+    r"vsraq: (?P<block>\S+): reconstruction (?P<r0>\S+) -> (?P<r1>\S+), "
+    r"router (?P<z0>\S+) -> (?P<z1>\S+) \(iter 0 -> (?P<best>\d+)\), "
+    r"router loss reaches (?P<reached>\d+) of (?P<quantized>\d+) quantized layers"
+)
+
+
+def block_lines(messages):
+    return [match.groupdict() for m in messages if (match := BLOCK_LINE.match(m))]
+
+
+# ── equal to AutoRound where it must be, different where it should ─────────────
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "NVFP4"])
+def test_weight_zero_is_autoround_bit_for_bit(quantize, scheme):
+    plain = tuned(quantize, SignRoundConfig(iters=4), scheme=scheme)
+    zero = tuned(quantize, VSRAQConfig(iters=4, router_weight=0), scheme=scheme)
+    assert same(plain, zero)
+    few = tuned(quantize, SignRoundConfig(iters=1), scheme=scheme)
+    assert not same(plain, few)  # so the iterations did change something
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "NVFP4"])
+def test_the_router_loss_falls(quantize, scheme, vsraq_log):
+    config = VSRAQConfig(iters=20, router_weight=10.0, objective="top3k_mse")
+    aligned = tuned(quantize, config, scheme=scheme)
+    lines = block_lines(vsraq_log)
+    assert [line["block"] for line in lines] == ["model.layers.0", "model.layers.1"]
+    for line in lines:
+        assert float(line["z1"]) < float(line["z0"])
+        # q, k, v and o stand before the router; 8 experts and a shared one behind
+        assert (line["reached"], line["quantized"]) == ("4", str(4 + 3 * 9))
+    plain = tuned(quantize, SignRoundConfig(iters=20), scheme=scheme)
+    assert not same(plain, aligned)
+
+
+def test_the_registered_name_is_enough(quantize, vsraq_log):
+    by_name = tuned(quantize, "vsraq", iters=2)
+    assert block_lines(vsraq_log)
+    assert same(by_name, tuned(quantize, VSRAQConfig(iters=2)))
+
+
+def test_options_given_to_autoround_directly(quantize):
+    direct = tuned(quantize, "vsraq", iters=3, objective="topk_mse", router_weight=5.0)
+    config = VSRAQConfig(iters=3, objective="topk_mse", router_weight=5.0)
+    assert same(direct, tuned(quantize, config))
+
+
+def test_a_bad_option_given_to_autoround_directly_is_refused():
+    model = tiny.tiny_model("solar_open")
+    with pytest.raises(ValueError, match="router_weight=-1"):
+        AutoRound(model, tiny.tiny_tokenizer(), alg_configs="vsraq", router_weight=-1)
+
+
+def test_an_objective_of_your_own(quantize):
+    own = VSRAQConfig(iters=3, router_weight=5.0, objective=Objective("mine", topk_mse))
+    named = VSRAQConfig(iters=3, router_weight=5.0, objective="topk_mse")
+    assert same(tuned(quantize, own), tuned(quantize, named))
+
+
+def test_the_same_seed_gives_the_same_weights(quantize):
+    config = {"iters": 3, "router_weight": 1.0}
+    first = tuned(quantize, VSRAQConfig(**config))
+    assert same(first, tuned(quantize, VSRAQConfig(**config)))
+
+
+# ── variants of AutoRound's loop ──────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("option", ["enable_adam", "enable_alg_ext"])
+def test_variants_compose(quantize, option, vsraq_log):
+    plain = tuned(quantize, SignRoundConfig(iters=4, **{option: True}))
+    zero = tuned(quantize, VSRAQConfig(iters=4, router_weight=0, **{option: True}))
+    assert same(plain, zero)
+    aligned = tuned(quantize, VSRAQConfig(iters=4, router_weight=10, **{option: True}))
+    assert not same(plain, aligned)
+    assert len(block_lines(vsraq_log)) == 2
+
+
+def test_gradient_accumulation_keeps_the_ratio(quantize, monkeypatch):
+    """AutoRound sums the error of 4 x 2 samples where it averages that of 8."""
+    step = VSRAQQuantizer._step
+    gradients = []
+
+    def spy(self, scaler, optimizer, lr_schedule):
+        rounding = optimizer.param_groups[0]["params"]
+        gradients.append(torch.cat([p.grad.flatten() for p in rounding]))
+        step(self, scaler, optimizer, lr_schedule)
+
+    monkeypatch.setattr(VSRAQQuantizer, "_step", spy)
+
+    def first_gradients(router_weight, batch_size, steps):
+        gradients.clear()
+        config = VSRAQConfig(
+            iters=1,
+            objective="top3k_mse",
+            router_weight=router_weight,
+            gradient_accumulate_steps=steps,
+        )
+        tuned(quantize, config, batch_size=batch_size, amp=False)
+        return gradients[0]
+
+    at_once = first_gradients(20.0, 8, 1)
+    accumulated = first_gradients(20.0, 2, 4)
+    without = first_gradients(1e-9, 2, 4)
+    elements = 8 * tiny.SEQLEN * 64
+    close = {"rtol": 1e-3, "atol": 1e-3 * at_once.abs().mean().item()}
+    torch.testing.assert_close(accumulated / elements, at_once, **close)
+    assert not torch.allclose(without / elements, at_once, **close)
+
+
+def test_padding_counts_in_neither_loss(quantize):
+    def padded(filler):
+        samples = []
+        for index, ids in enumerate(tiny.calibration()):
+            ids, mask = ids.clone(), torch.ones_like(ids)
+            if index % 2:
+                ids[:, -12:], mask[:, -12:] = filler, 0
+            samples.append({"input_ids": ids, "attention_mask": mask})
+        return samples
+
+    config = {"iters": 3, "router_weight": 10.0}
+    first = tuned(quantize, VSRAQConfig(**config), dataset=padded(7))
+    second = tuned(quantize, VSRAQConfig(**config), dataset=padded(99))
+    assert same(first, second)
+
+
+def test_two_blocks_at_once_have_two_routers(quantize, vsraq_log):
+    tuned(quantize, VSRAQConfig(iters=3, router_weight=1.0, nblocks=2))
+    (line,) = block_lines(vsraq_log)
+    assert line["block"] == "model.layers.0+model.layers.1"
+    # the second router also sees the first block's experts
+    assert int(line["reached"]) == 4 + 3 * 9 + 4
+    assert int(line["quantized"]) == 2 * (4 + 3 * 9)
+
+
+def test_early_stop_and_last_parameters(quantize, vsraq_log):
+    tuned(quantize, VSRAQConfig(iters=5, router_weight=1.0, not_use_best_mse=True))
+    assert [line["best"] for line in block_lines(vsraq_log)] == ["4", "4"]
+    vsraq_log.clear()
+    tuned(quantize, VSRAQConfig(iters=30, router_weight=1.0, dynamic_max_gap=2))
+    assert len(block_lines(vsraq_log)) == 2
+
+
+# ── blocks and models without routers ─────────────────────────────────────────
+
+
+def test_a_dense_block_is_a_plain_reconstruction_step(quantize, vsraq_log):
+    last = {"iters": 3, "not_use_best_mse": True}
+    config = VSRAQConfig(router_weight=10.0, **last)
+    aligned = tuned(quantize, config, family="glm4_moe")
+    lines = block_lines(vsraq_log)
+    assert [line["block"] for line in lines] == ["model.layers.1", "model.layers.2"]
+    plain = tuned(quantize, SignRoundConfig(**last), family="glm4_moe")
+
+    def of_block(index, layers):
+        return {n: w for n, w in layers.items() if f"layers.{index}." in n}
+
+    assert same(of_block(0, plain), of_block(0, aligned))
+    assert not same(of_block(1, plain), of_block(1, aligned))
+
+
+def test_a_dense_model_is_refused(quantize):
+    with pytest.raises(ValueError, match=r"model=LlamaForCausalLM: .* no MoE router"):
+        tuned(quantize, VSRAQConfig(iters=2), family="llama")
+
+
+# ── faults ────────────────────────────────────────────────────────────────────
+
+
+class _FailsAt(nn.Module):
+    """A norm of the model that raises at its n-th call."""
+
+    def __init__(self, norm, call):
+        super().__init__()
+        self.norm, self.left = norm, call
+
+    def forward(self, hidden_states):
+        self.left -= 1
+        if self.left == 0:
+            raise RuntimeError("planted")
+        return self.norm(hidden_states)
+
+
+@pytest.mark.parametrize("call", range(1, 9))
+def test_no_hook_is_left_after_an_exception(quantize, call):
+    """Whichever pass of the second block fails: calibration, reference, tuning."""
+    model = tiny.tiny_model("solar_open")
+    block = model.model.layers[1]
+    block.post_attention_layernorm = _FailsAt(block.post_attention_layernorm, call)
+    with pytest.raises(RuntimeError, match="planted") as error:
+        quantize(model, VSRAQConfig(iters=4, router_weight=1.0))
+    del error  # its traceback keeps AutoRound's frames, and they our handles
+    gc.collect()
+    assert hook_count(model) == 0
+
+
+def test_no_hook_is_left_after_a_run(quantize):
+    _, model = quantize(tiny.tiny_model("solar_open"), VSRAQConfig(iters=2))
+    assert hook_count(model) == 0
+
+
+def test_a_bypassed_router_is_an_error(quantize):
+    model = tiny.tiny_model("solar_open")
+    gate = model.model.layers[1].mlp.gate
+    # the block calls forward() itself, as some remote code does: no hook fires
+    gate.__class__ = type("Bypassed", (type(gate),), {"__call__": type(gate).forward})
+    with pytest.raises(RuntimeError, match=r"block model.layers.1: no full-precision"):
+        quantize(model, VSRAQConfig(iters=2))
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("self_attn.o_proj", r"block model.layers.1: router \S+ has non-finite"),
+        ("mlp.shared_experts.down_proj", r"block model.layers.1, iteration 0: loss is"),
+    ],
+)
+def test_a_non_finite_loss_names_its_block(quantize, target, message):
+    model = tiny.tiny_model("solar_open")
+    layer = model.model.layers[1].get_submodule(target)
+    with torch.no_grad():
+        layer.weight[0, 0] = torch.nan
+    with pytest.raises(RuntimeError, match=message):
+        quantize(model, VSRAQConfig(iters=2, router_weight=1.0))
+
+
+# ── refused configurations ────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"iters": 0}, r"iters=0: .*use AutoRound's RTN"),
+        ({"iters": -5}, r"iters=-5: allowed is an int >= 1"),
+        ({"router_weight": -0.1}, r"router_weight=-0.1: allowed is a finite number"),
+        ({"router_weight": float("nan")}, r"router_weight=nan"),
+        ({"router_weight": "heavy"}, r"router_weight='heavy'"),
+        ({"objective": "vsrag"}, r"objective='vsrag'.*Did you mean 'vsraq'"),
+        ({"objective": "topk_mse", "alpha": 0.3}, r"no such hyper-parameter"),
+        ({"alpha": 1.3}, r"alpha=1.3"),
+        ({"enable_lfq": True}, r"enable_lfq=True: .*drops the router loss"),
+        ({"enable_adam": True, "enable_alg_ext": True}, r"allowed is one of them"),
+    ],
+)
+def test_refused_at_construction(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        VSRAQConfig(**kwargs)
+
+
+def test_an_unknown_argument_is_refused():
+    with pytest.raises(TypeError, match="router_wieght"):
+        VSRAQConfig(router_wieght=1.0)
+
+
+def test_every_hyperparameter_reaches_its_objective():
+    config = VSRAQConfig(
+        boundary=2,
+        alpha=0.1,
+        gamma=2.0,
+        eps=0.01,
+        rank_margin=0.5,
+        rank_weight=0.2,
+        margin_weight=0.3,
+    )
+    assert dict(config.resolve_objective().hyperparameters) == {
+        "boundary": 2,
+        "alpha": 0.1,
+        "gamma": 2.0,
+        "eps": 0.01,
+        "rank_margin": 0.5,
+        "rank_weight": 0.2,
+        "margin_weight": 0.3,
+    }
+    for objective, own in [
+        ("topk_mse", {"multiplier": "all"}),
+        ("rank", {"margin": 0.5}),
+        ("router_kl", {"top_m": 4}),
+    ]:
+        config = VSRAQConfig(objective=objective, **own)
+        assert dict(config.resolve_objective().hyperparameters) == own
+
+
+# ── other ways in ─────────────────────────────────────────────────────────────
+
+
+def test_a_path_is_streamed_and_gives_the_same_weights(quantize, tmp_path):
+    """`quantize()` on a checkpoint that is read from disk block by block."""
+    source = tiny.save("solar_open", tmp_path / "model")
+    config = {"iters": 3, "router_weight": 10.0}
+    run, model = quantize(str(source), VSRAQConfig(**config))
+    assert run.model_context._disk_stream_index is not None
+    assert same(weights(model), tuned(quantize, VSRAQConfig(**config)))
+
+
+def block_run(block, config):
+    """AutoRound's API for one block, as llm-compressor drives it."""
+    model = tiny.tiny_model("solar_open")
+    run = AutoRound(
+        model,
+        tiny.tiny_tokenizer(),
+        scheme="W4A16",
+        alg_configs=config,
+        nsamples=8,
+        seqlen=tiny.SEQLEN,
+        batch_size=4,
+        device_map="cpu",
+        enable_torch_compile=False,
+        to_quant_block_names=block,
+    )
+    run.post_init()
+    model = run.model_context.model
+    hidden = model.model.embed_tokens(torch.cat(tiny.calibration())).detach()
+    position = torch.arange(tiny.SEQLEN).unsqueeze(0)
+    embeddings = model.model.rotary_emb(hidden, position)
+    inputs = [
+        (((h,), {"position_embeddings": embeddings, "attention_mask": None}),)
+        for h in hidden.split(1)
+    ]
+    return run, model.get_submodule(block), inputs
+
+
+def test_single_blocks_with_and_without_a_reference_output(vsraq_log):
+    block = "model.layers.0"
+    results = []
+    for given in (False, True):
+        config = VSRAQConfig(iters=3, router_weight=10.0)
+        run, module, inputs = block_run(block, config)
+        reference = None
+        if given:
+            with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+                reference = [
+                    module.bfloat16()(args[0].bfloat16(), **kwargs)
+                    for ((args, kwargs),) in inputs
+                ]
+        run.quantize_block(module, inputs, reference_output=reference)
+        results.append(weights(module))
+        assert hook_count(module) == 0
+    lines = block_lines(vsraq_log)
+    assert [line["block"] for line in lines] == [block, block]
+    assert lines[0]["z0"] == lines[1]["z0"]  # the same full-precision targets
+
+
+def test_a_reference_output_for_quantized_inputs_is_refused():
+    """Full-precision logits cannot be derived from the quantized stream."""
+    config = VSRAQConfig(iters=3, router_weight=10.0)
+    run, module, inputs = block_run("model.layers.0", config)
+    hidden = [args[0].bfloat16() for ((args, _),) in inputs]
+    with pytest.raises(RuntimeError, match=r"reference_output=None"):
+        run.quantize_block(module, inputs, q_input=hidden, reference_output=hidden)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ here")
+def test_the_router_term_survives_torch_compile(quantize, vsraq_log):
+    config = {"iters": 3, "router_weight": 10.0, "not_use_best_mse": True}
+    eager = tuned(quantize, VSRAQConfig(**config))
+    compiled = tuned(quantize, VSRAQConfig(**config), enable_torch_compile=True)
+    plain = {**config, "router_weight": 0}
+    without = tuned(quantize, VSRAQConfig(**plain), enable_torch_compile=True)
+    lines = block_lines(vsraq_log)
+    assert len(lines) == 4
+    assert all(line["reached"] == "4" for line in lines)
+    for line, other in zip(lines[:2], lines[2:], strict=True):
+        assert float(other["z0"]) == pytest.approx(float(line["z0"]), rel=0.2)
+    layer = "model.layers.0.self_attn.v_proj"
+
+    def distance(a, b):
+        return (a[layer].float() - b[layer].float()).abs().mean().item()
+
+    assert distance(compiled, eager) < distance(compiled, without)

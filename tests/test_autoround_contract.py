@@ -1,0 +1,122 @@
+"""What this package relies on inside AutoRound; a failure here says what has moved."""
+
+import inspect
+
+import pytest
+from auto_round.algorithms import composer
+from auto_round.algorithms.base import BaseAlgorithm
+from auto_round.algorithms.quantization.adam_round.adam import AdamRoundQuantizer
+from auto_round.algorithms.quantization.base import BaseQuantizer
+from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
+from auto_round.algorithms.quantization.sign_roundv2.quantizer import (
+    SignRoundV2Quantizer,
+)
+from auto_round.algorithms.registry import (
+    list_registered_algorithms,
+    resolve_alg_config,
+    resolve_pipeline_member,
+)
+from auto_round.autoround import _normalize_alg_configs
+from auto_round.compressors.orchestrator import CompressionOrchestrator
+
+from vsraq import VSRAQConfig
+from vsraq.autoround import VSRAQQuantizer
+
+QUANTIZERS = [SignRoundQuantizer, SignRoundV2Quantizer, AdamRoundQuantizer]
+
+
+def parameters(function):
+    return [p for p in inspect.signature(function).parameters if p != "self"]
+
+
+def test_importing_registers_the_algorithm():
+    assert "vsraq" in list_registered_algorithms()
+    assert type(resolve_alg_config("vsraq")) is VSRAQConfig
+    assert resolve_pipeline_member(VSRAQConfig()) is VSRAQQuantizer
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "base"),
+    [
+        ({}, SignRoundQuantizer),
+        ({"enable_adam": True}, AdamRoundQuantizer),
+        ({"enable_alg_ext": True}, SignRoundV2Quantizer),
+    ],
+)
+def test_the_configs_switch_chooses_the_quantizer(kwargs, base):
+    quantizer = VSRAQQuantizer(VSRAQConfig(**kwargs))
+    assert isinstance(quantizer, base)
+    assert isinstance(quantizer, VSRAQQuantizer)
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_get_loss_by_position(quantizer):
+    expected = ["pred_output", "ref_output", "indices", "loss_func", "device"]
+    own = parameters(quantizer._get_loss)
+    own[3] = "loss_func"  # SignRoundV2 calls it mse_loss
+    assert own[:6] == [*expected, "valid_token_mask"]
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_the_other_seams(quantizer):
+    assert parameters(quantizer.prepare_run) == ["composer"]
+    assert parameters(quantizer.finalize_run) == []
+    assert parameters(quantizer.register_fp_input_forward_hooks) == ["block"]
+    assert parameters(quantizer._step) == ["scaler", "optimizer", "lr_schedule"]
+    assert parameters(quantizer.quantize_block)[:7] == [
+        "block",
+        "fp_inputs",
+        "input_others",
+        "fp_outputs",
+        "q_inputs",
+        "block_ctx",
+        "input_ids",
+    ]
+    assert parameters(BaseAlgorithm.bind) == ["orchestrator"]
+
+
+def test_the_loop_calls_the_seams():
+    loop = inspect.getsource(SignRoundQuantizer.quantize_block)
+    assert "self._get_loss(pred_output, ref_output, indices, mse_loss" in loop
+    assert "self._step(scaler, optimizer, lr_schedule)" in loop
+    assert 'mse_reduction = "sum"' in loop
+    assert "total_loss += loss.item() / num_elm" in loop
+    assert "if total_loss < best_loss:" in loop
+    step = inspect.getsource(composer.AlgorithmComposer.compress_block)
+    assert step.index("_get_fp_act_hooks(block)") < step.index(
+        "reference_output = block_forward_fn(block, fp_inputs, input_others)"
+    )
+
+
+def test_the_reference_forward_is_not_guarded():
+    """AutoRound removes hooks only after success; see _CaptureHandle."""
+    step = inspect.getsource(composer.AlgorithmComposer.compress_block)
+    assert "finally" not in step
+
+
+def test_the_run_context_has_what_we_read():
+    for name in ("model", "compress_context", "calibration_context", "block_forward"):
+        assert isinstance(inspect.getattr_static(BaseQuantizer, name), property)
+
+
+def test_the_config_has_what_we_check():
+    names = parameters(SignRoundConfig.__init__)
+    for name in ("iters", "nblocks", "enable_adam", "enable_alg_ext", "enable_lfq"):
+        assert name in names
+
+
+def test_zero_iterations_at_autoround_replace_our_config():
+    """AutoRound(..., iters=0) drops any SignRound config before a plug-in sees it.
+
+    Nothing of ours runs then, so nothing of ours can refuse it; the README says so.
+    """
+    (config,) = _normalize_alg_configs(VSRAQConfig(), {"iters": 0})
+    assert not isinstance(config, SignRoundConfig)
+
+
+def test_nblocks_of_a_config_is_not_read():
+    """The reason why our `bind` passes it on."""
+    source = inspect.getsource(CompressionOrchestrator._quantize_data_driven)
+    assert "nblocks=self.nblocks" in source
+    assert "config.nblocks" not in inspect.getsource(CompressionOrchestrator)

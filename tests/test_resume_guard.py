@@ -1,0 +1,106 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import tiny
+from test_autoround import tuned
+from vsraq import VSRAQConfig
+from vsraq.autoround.resume_guard import guard_resume
+
+SETTINGS = {"iters": "4", "objective": "vsraq"}
+
+
+def unfinished(folder):
+    (folder / "group_0").mkdir(parents=True)
+    (folder / "group_0" / "resume_manifest.json").write_text("{}")
+
+
+def test_the_same_settings_may_resume(tmp_path):
+    guard_resume(tmp_path, SETTINGS)
+    unfinished(tmp_path)
+    guard_resume(tmp_path, SETTINGS)
+
+
+def test_other_settings_are_refused(tmp_path):
+    guard_resume(tmp_path, SETTINGS)
+    unfinished(tmp_path)
+    with pytest.raises(ValueError, match=r"iters was 4, now 5\); allowed are the same"):
+        guard_resume(tmp_path, SETTINGS | {"iters": "5"})
+
+
+def test_a_run_of_another_algorithm_is_refused(tmp_path):
+    unfinished(tmp_path)
+    with pytest.raises(ValueError, match="unfinished run of another algorithm"):
+        guard_resume(tmp_path, SETTINGS)
+
+
+def test_a_finished_run_leaves_the_folder_free(tmp_path):
+    guard_resume(tmp_path, SETTINGS)
+    guard_resume(tmp_path, SETTINGS | {"iters": "5"})
+
+
+KILLED = """
+    import os, signal, sys
+    import tiny
+    from auto_round import AutoRound
+    from vsraq import VSRAQConfig
+    from vsraq.autoround import VSRAQQuantizer
+
+    log = VSRAQQuantizer._log
+
+    def die_in_the_second_block(self, run):
+        if run.name.endswith("1"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        log(self, run)
+
+    VSRAQQuantizer._log = die_in_the_second_block
+    AutoRound(
+        sys.argv[1],
+        scheme="W4A16",
+        group_size=32,
+        alg_configs=VSRAQConfig(iters=2, router_weight=1.0),
+        dataset=sys.argv[2],
+        nsamples=8,
+        seqlen=tiny.SEQLEN,
+        batch_size=4,
+        device_map="cpu",
+        enable_torch_compile=False,
+    ).quantize_and_save(sys.argv[3], format="auto_round")
+"""
+
+
+def test_a_killed_run_resumes_with_its_settings_only(tmp_path, quantize, monkeypatch):
+    source = tiny.save("solar_open", tmp_path / "model")
+    text = tiny.save_text(tmp_path / "text.jsonl")
+    monkeypatch.setenv("AR_RESUME_DIR", str(tmp_path / "resume"))
+    killed = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            textwrap.dedent(KILLED),
+            str(source),
+            text,
+            str(tmp_path / "out"),
+        ],
+        env=os.environ | {"PYTHONPATH": os.path.dirname(__file__)},
+        capture_output=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+    run = {"dataset": text, "group_size": 32}
+    with pytest.raises(ValueError, match=r"router_weight was 1.0, now 2.0"):
+        quantize(str(source), VSRAQConfig(iters=2, router_weight=2.0), **run)
+    config = VSRAQConfig(iters=2, router_weight=1.0)
+    with pytest.raises(ValueError, match=r"seed was 42, now 1"):
+        quantize(str(source), config, seed=1, **run)
+
+
+def test_no_resume_folder_no_file(quantize, tmp_path, monkeypatch):
+    monkeypatch.delenv("AR_RESUME_DIR", raising=False)
+    monkeypatch.chdir(tmp_path)
+    tuned(quantize, VSRAQConfig(iters=1))
+    assert not list(tmp_path.rglob("vsraq_run.json"))
