@@ -1,0 +1,599 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read an exported checkpoint and verify it against the model it came from.
+
+The tensors are read from the safetensors files themselves and decoded here, so that
+no loader of another library can hide what is missing. Formats: integer weights in
+AutoRound's format (`auto_round`, also `auto_gptq` packing) and NVFP4 in the
+`auto_round` and `llm_compressor` formats.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.core_model_loading import revert_weight_conversion
+
+from vsraq.routers import Router, find_routers
+
+_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+_FULL_PRECISION = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MAX_SHOWN = 20
+
+
+class CheckpointError(ValueError):
+    """An exported checkpoint is faulty.
+
+    Attributes:
+        faults: One line per fault, each naming its tensor or layer.
+    """
+
+    def __init__(self, path: Path, faults: list[str]) -> None:
+        self.faults = tuple(faults)
+        shown = "\n".join(f"  - {fault}" for fault in faults[:_MAX_SHOWN])
+        more = len(faults) - _MAX_SHOWN
+        tail = f"\n  ... and {more} more" if more > 0 else ""
+        super().__init__(
+            f"checkpoint {path} has {len(faults)} fault(s):\n{shown}{tail}\n"
+            "Do not serve it; export again, and report what repeats."
+        )
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `verify` has checked, all of it found in order.
+
+    Attributes:
+        kind: How the quantized weights are stored.
+        quantized_layers: Layers with quantized weights.
+        full_precision_layers: Linear layers that the export declares unquantized.
+        routers: Routers found in full precision and equal to the reference.
+        experts: Experts found, over all layers.
+        compared_weights: Dequantized weights found equal to the tuned ones; 0 if the
+            reference holds no tuned weights.
+    """
+
+    kind: Literal["int", "nvfp4"]
+    quantized_layers: int
+    full_precision_layers: int
+    routers: int
+    experts: int
+    compared_weights: int
+
+
+class Checkpoint:
+    """The tensors of a checkpoint folder, read one at a time.
+
+    Use it as a context manager. Reads `model.safetensors` or the shards of
+    `model.safetensors.index.json`.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        FileNotFoundError: The folder has no config.json or no safetensors file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        config = self.path / "config.json"
+        if not config.is_file():
+            raise FileNotFoundError(
+                f"path={str(path)!r}: no config.json there; allowed is the folder of a "
+                "saved model"
+            )
+        self.config: dict[str, Any] = json.loads(config.read_text())
+        self._stack = ExitStack()
+        self._owner: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        files = sorted(self.path.glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(
+                f"path={str(self.path)!r}: no safetensors file there; allowed is the "
+                "folder of a model saved with safetensors"
+            )
+        for file in files:
+            handle = self._stack.enter_context(safe_open(file, framework="pt"))
+            for name in handle.keys():
+                self._owner[name] = handle
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+        self._owner.clear()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._owner
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._owner)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._owner[name].get_tensor(name)
+        return tensor
+
+    @property
+    def quantization_config(self) -> dict[str, Any]:
+        """`quantization_config` of config.json.
+
+        Raises:
+            ValueError: The checkpoint is not quantized.
+        """
+        config = self.config.get("quantization_config")
+        if not isinstance(config, dict):
+            raise ValueError(
+                f"path={str(self.path)!r}: config.json has no quantization_config; "
+                "allowed is a quantized export"
+            )
+        return config
+
+    def quantized_layers(self) -> tuple[str, ...]:
+        """Names of the layers whose weight is stored quantized, in file order."""
+        suffixes = (".qweight", ".weight_packed")
+        return tuple(
+            name.removesuffix(suffix)
+            for name in self
+            for suffix in suffixes
+            if name.endswith(suffix)
+        )
+
+    def dequantize(self, layer: str) -> Tensor:
+        """The weight of a quantized layer as numbers, float32, (out, in).
+
+        Integers: (level - zero point) * scale, per group. NVFP4: E2M1 value * block
+        scale / global scale.
+
+        Args:
+            layer: A name from `quantized_layers`.
+
+        Returns:
+            The weight, computed in the export's own arithmetic.
+
+        Raises:
+            KeyError: A tensor of the layer is missing.
+        """
+        if f"{layer}.qweight" in self:
+            return self._dequantize_int(layer)
+        return self._dequantize_nvfp4(layer)
+
+    def _dequantize_int(self, layer: str) -> Tensor:
+        config = self.quantization_config
+        own = self._own_settings(layer)
+        bits = int(own.get("bits", config["bits"]))
+        scales = self[f"{layer}.scales"].float()  # (groups, out)
+        levels = _unpack(self[f"{layer}.qweight"], bits, dim=0)  # (in, out)
+        zeros = _unpack(self[f"{layer}.qzeros"], bits, dim=1)  # (groups, out)
+        if "gptq" in str(config.get("packing_format", config.get("quant_method"))):
+            zeros = zeros + 1  # GPTQ stores the zero point minus one
+        group_size = int(own.get("group_size", config["group_size"]))
+        if group_size <= 0:
+            group_size = levels.shape[0]
+        group = torch.arange(levels.shape[0]) // group_size
+        return ((levels - zeros[group]).float() * scales[group]).t()
+
+    def _own_settings(self, layer: str) -> Mapping[str, Any]:
+        """`extra_config` of one layer: by its name, else by a regular expression."""
+        extra = self.quantization_config.get("extra_config") or {}
+        if layer in extra:
+            return dict(extra[layer])
+        for pattern, own in extra.items():
+            if re.search(pattern, layer):
+                return dict(own)
+        return {}
+
+    def _dequantize_nvfp4(self, layer: str) -> Tensor:
+        packed = self[f"{layer}.weight_packed"].int()  # (out, in / 2), low nibble first
+        nibbles = torch.stack([packed & 0xF, packed >> 4], dim=-1).flatten(-2)
+        values = _E2M1[nibbles & 0x7]
+        values = torch.where(nibbles >= 8, -values, values)
+        block_scale = self[f"{layer}.weight_scale"].float()  # (out, in / 16)
+        global_scale = self[f"{layer}.weight_global_scale"].float()
+        block_size = values.shape[-1] // block_scale.shape[-1]
+        # The order of AutoRound's own rounding during tuning, two reciprocals included:
+        # the plain quotient is the same number up to float32 rounding, but not the
+        # same bits.
+        scale = (block_scale * global_scale.reciprocal()).reciprocal().reciprocal()
+        return values * scale.repeat_interleave(block_size, dim=-1)
+
+
+def _unpack(packed: Tensor, bits: int, *, dim: int) -> Tensor:
+    """Little-endian bit stream of int32 words along `dim` -> int64 values."""
+    words = packed.movedim(dim, -1).long() & 0xFFFFFFFF
+    count = words.shape[-1] * 32 // bits
+    start = torch.arange(count) * bits
+    word, shift = start // 32, start % 32
+    low = words[..., word] >> shift
+    following = words[..., (word + 1).clamp(max=words.shape[-1] - 1)]
+    values = (low | (following << (32 - shift))) & ((1 << bits) - 1)
+    return values.movedim(-1, dim)
+
+
+def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
+    """Load a full-precision checkpoint or an export through transformers, rightly.
+
+    Two loaders go wrong silently, and both are dealt with here:
+
+    - Loading an `auto_round` MoE export switches off, for the whole process, the
+      conversion that fuses experts, so that every later full-precision model of that
+      family gets random experts. The conversion is put back afterwards.
+    - transformers dequantizes compressed-tensors NVFP4 experts without their global
+      scale (huggingface/transformers#48371), so such an export is refused.
+
+    Args:
+        path: Folder of the checkpoint.
+        **kwargs: Of `AutoModelForCausalLM.from_pretrained`.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ValueError: The export is NVFP4 in compressed-tensors format with experts.
+        FileNotFoundError: There is no checkpoint at `path`.
+    """
+    with Checkpoint(path) as checkpoint:
+        config = checkpoint.config
+        quantization = config.get("quantization_config") or {}
+        if "nvfp4" in str(quantization.get("format")) and any(
+            ".experts." in name for name in checkpoint
+        ):
+            raise ValueError(
+                f"path={str(path)!r}: transformers loads NVFP4 experts in "
+                "compressed-tensors format without their global scale "
+                "(huggingface/transformers#48371); allowed are other formats; serve "
+                "this one with vLLM, or export in auto_round format to load it here"
+            )
+    model_type = config["model_type"]
+    conversion = get_checkpoint_conversion_mapping(model_type)
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+    finally:
+        if conversion is not None:
+            register_checkpoint_conversion_mapping(
+                model_type, conversion, overwrite=True
+            )
+    return model.eval()
+
+
+def verify(path: str | Path, reference: nn.Module | str | Path) -> Verification:
+    """Check an export tensor by tensor.
+
+    Checked are: every expected layer is quantized (or declared full precision in the
+    export's config), every router is there in full precision and equal to the
+    reference's, all experts of every MoE layer are there and alike, every scale
+    (`scales`, `weight_scale`, `weight_global_scale`, `input_global_scale`) is there,
+    finite and non-zero, and, if the reference holds the tuned weights, the dequantized
+    weights are those, bit for bit after rounding to the reference's dtype.
+
+    Args:
+        path: Folder of the export.
+        reference: The model that AutoRound's `quantize()` returned (its linear layers
+            hold the tuned weights), or the full-precision model, or the path or hub
+            name of its checkpoint (read without loading it as a whole; a hub model
+            must be on this machine already).
+
+    Returns:
+        What was checked.
+
+    Raises:
+        CheckpointError: With every fault found.
+        FileNotFoundError: There is no checkpoint at `path`, or the reference is not on
+            this machine.
+        ValueError: The export is not quantized, or its format is not supported.
+    """
+    with ExitStack() as stack:
+        export = stack.enter_context(Checkpoint(path))
+        kind = _kind(export)
+        if isinstance(reference, nn.Module):
+            module = reference
+            tensors: Mapping[str, Tensor] | Checkpoint = reference.state_dict()
+        else:
+            folder = _local_folder(reference)
+            module = _skeleton(folder)
+            tensors = stack.enter_context(Checkpoint(folder))
+        routers = find_routers(module)
+        stored = _StoredNames(module)
+        linears = _linear_layers(module, routers, stored)
+        quantized = set(export.quantized_layers())
+        layers = _check_layers(export, linears, quantized)
+        experts = _check_experts(routers, stored, quantized)
+        scale_faults = _check_scales(export, kind, quantized)
+        faults = [
+            *layers.faults,
+            *_check_routers(export, tensors, module, routers, stored, quantized),
+            *experts.faults,
+            *scale_faults,
+        ]
+        weights = _Checked(0, [])
+        if not scale_faults:
+            weights = _check_weights(export, linears, quantized)
+            faults += weights.faults
+        if faults:
+            raise CheckpointError(export.path, faults)
+        return Verification(
+            kind=kind,
+            quantized_layers=len(quantized),
+            full_precision_layers=layers.count,
+            routers=len(routers),
+            experts=experts.count,
+            compared_weights=weights.count,
+        )
+
+
+@dataclass(frozen=True)
+class _Checked:
+    count: int
+    faults: list[str]
+
+
+def _kind(export: Checkpoint) -> Literal["int", "nvfp4"]:
+    config = export.quantization_config
+    endings = {name.rpartition(".")[2] for name in export}
+    if {"qweight", "scales"} <= endings:
+        return "int"
+    if "weight_packed" in endings and "weight_global_scale" in endings:
+        return "nvfp4"
+    is_nvfp4 = "nv_fp" in str(config.get("data_type")) or "nvfp4" in str(
+        config.get("format")
+    )
+    if is_nvfp4 and "weight_packed" in endings:
+        return "nvfp4"
+    raise ValueError(
+        f"path={str(export.path)!r}: quant_method={config.get('quant_method')!r} with "
+        f"tensors {sorted(endings)}; allowed are integer weights in auto_round format "
+        "and NVFP4 in auto_round or llm_compressor format"
+    )
+
+
+def _local_folder(reference: str | Path) -> Path:
+    """The folder itself, or where the hub's client has put a model's files."""
+    if Path(reference).is_dir():
+        return Path(reference)
+    return Path(snapshot_download(str(reference), local_files_only=True))
+
+
+def _skeleton(path: str | Path) -> nn.Module:
+    config = AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def _declared_full_precision(export: Checkpoint) -> list[re.Pattern[str]]:
+    """Layers that the export's own config exempts from quantization."""
+    config = export.quantization_config
+    patterns = [
+        name
+        for name, own in (config.get("extra_config") or {}).items()
+        if int(own.get("bits", 0)) >= 16
+    ]
+    for name in config.get("ignore") or []:
+        patterns.append(name.removeprefix("re:") if name.startswith("re:") else name)
+    return [re.compile(pattern) for pattern in patterns]
+
+
+class _StoredNames:
+    """Names of a model's tensors on disk, where transformers renames them.
+
+    `model.layers.3.mlp.gate.weight` of Mixtral is stored as
+    `model.layers.3.block_sparse_moe.gate.weight`, say. Names that differ in their
+    numbers alone are renamed alike, so each pattern is asked for once.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._model = module if isinstance(module, PreTrainedModel) else None
+        self._patterns: dict[str, list[str]] = {}
+
+    def __call__(self, name: str) -> str:
+        if self._model is None:
+            return name
+        numbers = re.findall(r"(?<=\.)\d+(?=\.)", name)
+        pattern = re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
+        if pattern not in self._patterns:
+            empty = torch.empty(0, device="meta")
+            (renamed,) = revert_weight_conversion(self._model, {name: empty})
+            self._patterns[pattern] = re.split(r"(?<=\.)\d+(?=\.)", renamed)
+        pieces = self._patterns[pattern]
+        if len(pieces) != len(numbers) + 1:
+            return name
+        return pieces[0] + "".join(
+            number + piece for number, piece in zip(numbers, pieces[1:], strict=True)
+        )
+
+
+def _block_of(name: str) -> str:
+    """`model.layers.3` from the name of anything inside that block."""
+    match = re.match(r"^(.*?\.\d+)\.", name)
+    return match[1] if match else ""
+
+
+def _linear_layers(
+    module: nn.Module, routers: tuple[Router, ...], stored: _StoredNames
+) -> dict[str, tuple[str, nn.Linear]]:
+    """Linear layers of the decoder blocks, routers left out.
+
+    Stored name -> the module's own name and the layer.
+    """
+    router_names = {router.name for router in routers}
+    stacks = {_block_of(name).rpartition(".")[0] for name in router_names}
+    layers: dict[str, tuple[str, nn.Linear]] = {}
+    for name, layer in module.named_modules():
+        # AutoRound wraps layers whose activations are quantized
+        name = name.removesuffix(".orig_layer")
+        in_block = _block_of(name).rpartition(".")[0] in stacks
+        if isinstance(layer, nn.Linear) and in_block and name not in router_names:
+            layers[stored(f"{name}.weight").removesuffix(".weight")] = name, layer
+    return layers
+
+
+def _check_layers(
+    export: Checkpoint,
+    linears: Mapping[str, tuple[str, nn.Linear]],
+    quantized: set[str],
+) -> _Checked:
+    """Every linear layer, and every expert on disk, is quantized or exempt."""
+    declared = _declared_full_precision(export)
+    plain = {
+        name.removesuffix(".weight")
+        for name in export
+        # fused experts of the reference are no linear layers: look on disk
+        if re.search(r"\.experts\.\d+\.", name) and name.endswith(".weight")
+    }
+    faults: list[str] = []
+    exempt: set[str] = set()
+    for name in sorted(linears.keys() | plain):
+        if name in quantized:
+            continue
+        # AutoRound declares layers by the module's name, whatever they are stored as
+        own_name, layer = linears.get(name, (name, None))
+        if f"{name}.weight" not in export:
+            faults.append(f"{name}: neither a quantized nor a plain weight is there")
+        elif getattr(layer, "bits", 0) >= 16 or any(
+            pattern.search(n) for pattern in declared for n in (name, own_name)
+        ):
+            exempt.add(name)
+        else:
+            faults.append(f"{name}: expected quantized, but stored in full precision")
+    return _Checked(len(exempt), faults)
+
+
+def _check_routers(
+    export: Checkpoint,
+    tensors: Mapping[str, Tensor] | Checkpoint,
+    module: nn.Module,
+    routers: tuple[Router, ...],
+    stored: _StoredNames,
+    quantized: set[str],
+) -> list[str]:
+    faults = []
+    for router in routers:
+        for suffix in module.get_submodule(router.name).state_dict():
+            own_name = f"{router.name}.{suffix}"
+            name = stored(own_name)
+            if name.removesuffix(".weight") in quantized:
+                faults.append(f"{router.name}: the router is quantized")
+                continue
+            if name not in export:
+                faults.append(f"{name}: missing")
+                continue
+            # a module knows its own names, a folder the stored ones
+            expected = tensors[name if isinstance(tensors, Checkpoint) else own_name]
+            exported = export[name]
+            if exported.dtype not in _FULL_PRECISION:
+                faults.append(f"{name}: dtype {exported.dtype} is not full precision")
+            elif exported.shape != expected.shape or not torch.equal(
+                exported, expected.to(exported)
+            ):
+                faults.append(f"{name}: differs from the reference's router")
+    return faults
+
+
+def _check_experts(
+    routers: tuple[Router, ...], stored: _StoredNames, quantized: set[str]
+) -> _Checked:
+    by_block: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for layer in quantized:
+        match = re.match(r"^(.+\.experts)\.(\d+)\.(.+)$", layer)
+        if match:
+            by_block[_block_of(layer)][int(match[2])].add(match[3])
+    faults: list[str] = []
+    count = 0
+    for router in routers:
+        block = _block_of(stored(f"{router.name}.weight"))
+        experts = by_block.get(block)
+        if not experts:
+            faults.append(f"{block}: no quantized experts beside {router.name}")
+            continue
+        layers = set().union(*experts.values())
+        count += len(experts)
+        for index in range(router.num_experts):
+            missing = layers - experts.get(index, set())
+            if missing:
+                faults.append(
+                    f"{block}: expert {index} misses {', '.join(sorted(missing))}"
+                )
+    return _Checked(count, faults)
+
+
+def _check_scales(
+    export: Checkpoint, kind: Literal["int", "nvfp4"], quantized: set[str]
+) -> list[str]:
+    if kind == "int":
+        required = ["scales", "qzeros"]
+        scales = ["scales"]
+    else:
+        scales = ["weight_scale", "weight_global_scale"]
+        if _quantizes_activations(export):
+            scales.append("input_global_scale")
+        required = scales
+    faults = []
+    for layer in sorted(quantized):
+        for suffix in required:
+            name = f"{layer}.{suffix}"
+            if name not in export:
+                faults.append(f"{name}: missing")
+                continue
+            if suffix not in scales:
+                continue
+            values = export[name].float()
+            if not torch.isfinite(values).all():
+                faults.append(f"{name}: has a non-finite scale")
+            elif (values == 0).any():
+                zeros = int((values == 0).sum())
+                faults.append(f"{name}: {zeros} of {values.numel()} scales are zero")
+    return faults
+
+
+def _quantizes_activations(export: Checkpoint) -> bool:
+    config = export.quantization_config
+    if "act_bits" in config:
+        return int(config["act_bits"]) < 16
+    groups = (config.get("config_groups") or {}).values()
+    return any(group.get("input_activations") for group in groups)
+
+
+def _check_weights(
+    export: Checkpoint,
+    linears: Mapping[str, tuple[str, nn.Linear]],
+    quantized: set[str],
+) -> _Checked:
+    """Compare with tuned weights, which AutoRound marks by `bits` on the layer."""
+    faults = []
+    compared = 0
+    for name in sorted(quantized & linears.keys()):
+        _, layer = linears[name]
+        if not hasattr(layer, "bits"):
+            continue
+        compared += 1
+        tuned = layer.weight.detach().cpu()
+        exported = export.dequantize(name)
+        if exported.shape != tuned.shape:
+            faults.append(
+                f"{name}: shape {tuple(exported.shape)}, tuned {tuple(tuned.shape)}"
+            )
+        elif not torch.equal(exported.to(tuned.dtype), tuned):
+            error = (exported - tuned.float()).abs().max().item()
+            faults.append(
+                f"{name}: dequantized weight differs from the tuned one by up to "
+                f"{error:.3g}"
+            )
+    return _Checked(compared, faults)

@@ -1,0 +1,55 @@
+"""Quantize one tiny model of each family from a path; print one JSON line for each.
+
+A process of its own: AutoRound replaces classes of transformers for the rest of the
+process when it loads some families from a path.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from auto_round import AutoRound
+
+import tiny
+from vsraq import VSRAQConfig
+from vsraq.checkpoint import CheckpointError, verify
+
+
+def quantize(family, folder):
+    source = tiny.save(family, folder / "model")
+    dataset = tiny.calibration()
+    if family == "nemotron_h":  # see test_families.py
+        dataset = tiny.save_text(folder / "text.jsonl")
+    autoround = AutoRound(
+        str(source),
+        scheme="W4A16",
+        group_size=32,
+        alg_configs=VSRAQConfig(iters=2, router_weight=1.0),
+        dataset=dataset,
+        nsamples=8,
+        seqlen=tiny.SEQLEN,
+        batch_size=4,
+        device_map="cpu",
+        enable_torch_compile=False,
+    )
+    _, exported = autoround.quantize_and_save(str(folder / "out"), format="auto_round")
+    return str(source), exported
+
+
+def attempt(family):
+    with tiny.LogLines() as messages, tempfile.TemporaryDirectory() as folder:
+        result = {"family": family, "log": messages}
+        try:
+            source, exported = quantize(family, Path(folder))
+            result["verified"] = verify(exported, source).routers
+        except CheckpointError as error:
+            result["faults"] = error.faults
+        except RuntimeError as error:
+            result["error"] = str(error)
+    return result
+
+
+if __name__ == "__main__":
+    for family in sys.argv[1:]:
+        print("RESULT", json.dumps(attempt(family)), flush=True)

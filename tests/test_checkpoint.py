@@ -1,0 +1,307 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from auto_round.data_type.nvfp import ref_nvfp4_quant
+from safetensors.torch import load_file, save_file
+
+import tiny
+from vsraq import VSRAQConfig
+from vsraq.checkpoint import Checkpoint, CheckpointError, load_model, verify
+
+LAYER = "model.layers.0"
+EXPERT = f"{LAYER}.mlp.experts.3.up_proj"
+ATTENTION = f"{LAYER}.self_attn.q_proj"
+ROUTER = f"{LAYER}.mlp.gate"
+LAYERS = 2 * (4 + 3 * tiny.EXPERTS + 3)
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory):
+    """Name -> (folder, tuned model, folder of the original), from two real runs."""
+    from auto_round import AutoRound
+
+    root = tmp_path_factory.mktemp("exports")
+    source = tiny.save("solar_open", root / "source")
+    found = {}
+    for scheme, formats in (
+        ("W4A16", "auto_round"),
+        ("W3A16", "auto_round"),
+        ("NVFP4", "auto_round,llm_compressor"),
+    ):
+        autoround = AutoRound(
+            tiny.tiny_model("solar_open").bfloat16(),
+            tiny.tiny_tokenizer(),
+            scheme=scheme,
+            alg_configs=VSRAQConfig(iters=3, router_weight=1.0),
+            dataset=tiny.calibration(),
+            nsamples=8,
+            seqlen=tiny.SEQLEN,
+            batch_size=4,
+            device_map="cpu",
+            enable_torch_compile=False,
+            # an int scheme's group of 128 would be wider than these layers
+            **({} if scheme == "NVFP4" else {"group_size": 32}),
+        )
+        tuned, _ = autoround.quantize()
+        _, saved = autoround.save_quantized(
+            str(root / scheme), format=formats, inplace=False, return_folders=True
+        )
+        saved = [saved] if isinstance(saved, str) else saved
+        for name, folder in zip(formats.split(","), saved, strict=True):
+            found[f"{scheme}-{name}"] = (Path(folder), tuned, source)
+    return found
+
+
+NAMES = ["W4A16-auto_round", "W3A16-auto_round"]
+NAMES += ["NVFP4-auto_round", "NVFP4-llm_compressor"]
+every_export = pytest.mark.parametrize("name", NAMES)
+
+
+@every_export
+def test_a_good_export_holds_the_tuned_weights_bit_for_bit(name, exports):
+    folder, tuned, _ = exports[name]
+    result = verify(folder, tuned)
+    assert result.kind == ("nvfp4" if name.startswith("NVFP4") else "int")
+    assert result.quantized_layers == result.compared_weights == LAYERS
+    assert (result.routers, result.experts) == (2, 2 * tiny.EXPERTS)
+
+
+@every_export
+def test_a_full_precision_reference_in_memory_and_on_disk(name, exports):
+    folder, _, source = exports[name]
+    from_disk = verify(folder, source)
+    assert from_disk.compared_weights == 0
+    assert from_disk.quantized_layers == LAYERS
+    assert verify(folder, tiny.tiny_model("solar_open")) == from_disk
+
+
+def planted(exports, name, tmp_path, edit):
+    folder, tuned, _ = exports[name]
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    tensors = load_file(broken / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError) as error:
+        verify(broken, tuned)
+    return error.value.faults
+
+
+def drop(*starts):
+    def edit(tensors):
+        for name in [n for n in tensors if n.startswith(starts)]:
+            del tensors[name]
+
+    return edit
+
+
+def replace(name, change):
+    def edit(tensors):
+        tensors[name] = change(tensors[name].clone())
+
+    return edit
+
+
+def first_to(value):
+    def change(tensor):
+        numbers = tensor.float()
+        numbers.view(-1)[0] = value
+        return numbers.to(tensor.dtype)
+
+    return change
+
+
+def unquantize(tensors):
+    drop(f"{EXPERT}.")(tensors)
+    tensors[f"{EXPERT}.weight"] = torch.zeros(32, 64, dtype=torch.bfloat16)
+
+
+@every_export
+def test_a_missing_expert(name, exports, tmp_path):
+    faults = planted(exports, name, tmp_path, drop(f"{LAYER}.mlp.experts.3."))
+    assert f"{LAYER}: expert 3 misses down_proj, gate_proj, up_proj" in faults
+
+
+@every_export
+def test_a_missing_layer(name, exports, tmp_path):
+    faults = planted(exports, name, tmp_path, drop(f"{ATTENTION}."))
+    assert faults == (f"{ATTENTION}: neither a quantized nor a plain weight is there",)
+
+
+@every_export
+def test_a_layer_left_in_full_precision(name, exports, tmp_path):
+    faults = planted(exports, name, tmp_path, unquantize)
+    assert f"{EXPERT}: expected quantized, but stored in full precision" in faults
+
+
+@every_export
+def test_a_missing_router(name, exports, tmp_path):
+    faults = planted(exports, name, tmp_path, drop(f"{ROUTER}."))
+    assert set(faults) == {
+        f"{ROUTER}.weight: missing",
+        f"{ROUTER}.e_score_correction_bias: missing",
+    }
+
+
+@every_export
+def test_a_changed_router(name, exports, tmp_path):
+    for tensor in ("weight", "e_score_correction_bias"):
+        edit = replace(f"{ROUTER}.{tensor}", first_to(7.0))
+        faults = planted(exports, name, tmp_path / tensor, edit)
+        assert faults == (f"{ROUTER}.{tensor}: differs from the reference's router",)
+
+
+@every_export
+def test_a_router_in_low_precision(name, exports, tmp_path):
+    edit = replace(f"{ROUTER}.weight", lambda t: t.to(torch.float8_e4m3fn))
+    (fault,) = planted(exports, name, tmp_path, edit)
+    assert "float8_e4m3fn is not full precision" in fault
+
+
+def test_a_quantized_router(exports, tmp_path):
+    def edit(tensors):
+        for suffix in ("qweight", "qzeros", "scales"):
+            tensors[f"{ROUTER}.{suffix}"] = tensors[f"{ATTENTION}.{suffix}"].clone()
+
+    faults = planted(exports, "W4A16-auto_round", tmp_path, edit)
+    assert f"{ROUTER}: the router is quantized" in faults
+
+
+SCALES = [("W4A16-auto_round", f"{EXPERT}.scales")]
+SCALES += [
+    (name, f"{EXPERT}.{scale}")
+    for name in ("NVFP4-auto_round", "NVFP4-llm_compressor")
+    for scale in ("weight_scale", "weight_global_scale", "input_global_scale")
+]
+
+
+@pytest.mark.parametrize(("name", "scale"), SCALES)
+def test_scales_that_are_zero_not_finite_or_missing(name, scale, exports, tmp_path):
+    faults = planted(exports, name, tmp_path / "z", replace(scale, first_to(0.0)))
+    assert any(f.startswith(f"{scale}: 1 of ") and "zero" in f for f in faults)
+    faults = planted(exports, name, tmp_path / "n", replace(scale, first_to(torch.nan)))
+    assert f"{scale}: has a non-finite scale" in faults
+    faults = planted(exports, name, tmp_path / "m", drop(scale))
+    assert f"{scale}: missing" in faults
+
+
+@every_export
+def test_one_wrong_level(name, exports, tmp_path):
+    packed = "weight_packed" if name.startswith("NVFP4") else "qweight"
+    edit = replace(f"{EXPERT}.{packed}", lambda t: t ^ torch.ones_like(t))
+    (fault,) = planted(exports, name, tmp_path, edit)
+    assert f"{EXPERT}: dequantized weight differs from the tuned one" in fault
+
+
+@every_export
+def test_one_scale_off_by_an_eighth(name, exports, tmp_path):
+    scale = "weight_scale" if name.startswith("NVFP4") else "scales"
+
+    def change(tensor):
+        return (tensor.float() * 1.125).to(tensor.dtype)
+
+    (fault,) = planted(exports, name, tmp_path, replace(f"{EXPERT}.{scale}", change))
+    assert fault.startswith(f"{EXPERT}: dequantized weight differs")
+
+
+def test_the_error_shows_the_first_faults_and_counts_the_rest(exports, tmp_path):
+    folder, tuned, _ = exports["W4A16-auto_round"]
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    drop(f"{LAYER}.")(tensors)
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"has \d+ fault\(s\)(.|\n)*more"
+    ) as error:
+        verify(broken, tuned)
+    assert len(error.value.faults) > 20
+
+
+def test_a_layer_that_the_export_declares_full_precision(exports, tmp_path):
+    folder, _, source = exports["W4A16-auto_round"]
+    mixed = shutil.copytree(folder, tmp_path / "mixed")
+    tensors = load_file(mixed / "model.safetensors")
+    drop(f"{ATTENTION}.")(tensors)
+    tensors[f"{ATTENTION}.weight"] = torch.zeros(64, 64)
+    save_file(tensors, mixed / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((mixed / "config.json").read_text())
+    config["quantization_config"]["extra_config"][ATTENTION] = {"bits": 16}
+    (mixed / "config.json").write_text(json.dumps(config))
+    result = verify(mixed, source)
+    assert result.full_precision_layers == 1
+    assert result.quantized_layers == LAYERS - 1
+
+
+def test_what_is_not_an_export(exports, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no config.json there"):
+        verify(tmp_path, tmp_path)
+    source = exports["W4A16-auto_round"][2]
+    with pytest.raises(ValueError, match="has no quantization_config"):
+        verify(source, source)
+
+
+def test_dequantized_weights_are_near_the_original(exports):
+    original = tiny.tiny_model("solar_open").state_dict()[f"{ATTENTION}.weight"]
+    errors = {}
+    for name in NAMES:
+        with Checkpoint(exports[name][0]) as export:
+            weight = export.dequantize(ATTENTION)
+        errors[name] = ((weight - original).norm() / original.norm()).item()
+    assert errors["W4A16-auto_round"] < 0.12
+    assert errors["NVFP4-auto_round"] < 0.15
+    assert errors["W4A16-auto_round"] < errors["W3A16-auto_round"] < 0.3
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.cat(tiny.calibration(samples=2))).logits
+
+
+@pytest.mark.parametrize("name", ["W4A16-auto_round", "NVFP4-auto_round"])
+def test_a_loaded_layer_computes_with_the_dequantized_weight(name, exports):
+    folder, _, _ = exports[name]
+    layer = load_model(folder, dtype=torch.float32).get_submodule(ATTENTION)
+    inputs = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+    with Checkpoint(folder) as export:
+        weight = export.dequantize(ATTENTION)
+        if name.startswith("NVFP4"):  # activations as its arithmetic rounds them
+            scale = export[f"{ATTENTION}.input_global_scale"]
+            rounded, _ = ref_nvfp4_quant(inputs.view(-1, 16), scale)
+            inputs_seen = rounded.view_as(inputs)
+        else:
+            inputs_seen = inputs
+    with torch.no_grad():
+        loaded = layer(inputs)
+    expected = inputs_seen @ weight.t()
+    assert ((loaded - expected).norm() / expected.norm()).item() < 0.005
+
+
+def test_loading_an_export_does_not_break_later_models(exports):
+    """AutoRound's loader switches the fusing of experts off for the process."""
+    folder, _, source = exports["W4A16-auto_round"]
+    before = logits(load_model(source, dtype=torch.float32))
+    load_model(folder)
+    assert torch.equal(logits(load_model(source, dtype=torch.float32)), before)
+
+
+def test_the_format_that_transformers_loads_wrongly_is_refused(exports):
+    folder, _, _ = exports["NVFP4-llm_compressor"]
+    with pytest.raises(ValueError, match=r"#48371.*serve this one with vLLM"):
+        load_model(folder)
+
+
+def test_transformers_still_loads_that_format_wrongly(exports):
+    """The reason of the refusal; when this fails, drop the refusal."""
+    from transformers import AutoModelForCausalLM
+
+    folder, _, _ = exports["NVFP4-llm_compressor"]
+    wrong = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with Checkpoint(folder) as export:
+        right = export.dequantize(EXPERT)
+    experts = wrong.get_submodule(f"{LAYER}.mlp.experts")
+    loaded = experts.gate_up_proj[3].chunk(2, dim=0)[1]
+    ratio = (loaded.float().norm() / right.norm()).item()
+    assert not 0.5 < ratio < 2
