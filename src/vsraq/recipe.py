@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One YAML file, one reproducible run.
+
+    model: upstage/Solar-Open-100B
+    scheme: W4A16
+    output: out/solar
+    format: auto_round
+    algorithm: {objective: vsraq, router_weight: 0.01}
+    calibration: {nsamples: 512, seqlen: 2048}
+    runtime: {low_gpu_mem_usage: true}
+
+Every key is checked before a model is touched. Keys under `algorithm` are the
+arguments of `VSRAQConfig` (or of AutoRound's `SignRoundConfig` with
+`method: auto_round`), fields of the scheme such as `group_size` included; those under
+`runtime` go to `auto_round.AutoRound` as they are.
+"""
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from auto_round import AutoRound
+from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.schemes import QuantizationScheme
+
+from vsraq.autoround import VSRAQConfig
+
+Method = Literal["vsraq", "auto_round"]
+
+# What a recipe may pass to AutoRound beyond its own sections.
+_RUNTIME = {
+    "amp": bool,
+    "device_map": (str, int),
+    "enable_deterministic_algorithms": bool,
+    "enable_torch_compile": bool,
+    "ignore_layers": str,
+    "layer_config": dict,
+    "low_cpu_mem_usage": bool,
+    "low_gpu_mem_usage": bool,
+    "model_dtype": str,
+    "quant_lm_head": bool,
+    "to_quant_block_names": str,
+    "trust_remote_code": bool,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """Which text AutoRound tunes on.
+
+    Attributes:
+        dataset: A data set that AutoRound knows, or the path of a local file, with
+            AutoRound's options behind colons.
+        nsamples: Samples.
+        seqlen: Tokens per sample; shorter ones are dropped.
+        batch_size: Samples per tuning step.
+        seed: Of sampling and tuning.
+    """
+
+    dataset: str = "NeelNanda/pile-10k"
+    nsamples: int = 128
+    seqlen: int = 2048
+    batch_size: int = 8
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for name in ("nsamples", "seqlen", "batch_size"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"calibration.{name}={value}: allowed is an int >= 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A validated run.
+
+    Attributes:
+        model: A model id or the path of a checkpoint.
+        scheme: AutoRound's name of a scheme, such as W4A16 or NVFP4.
+        output: Folder of the export.
+        format: AutoRound's export format; several with commas between them.
+        method: "vsraq", or "auto_round" for the same run without router alignment.
+        algorithm: Arguments of the method's configuration.
+        calibration: The calibration text.
+        runtime: Further arguments of `auto_round.AutoRound`.
+
+    Raises:
+        ValueError: A value is not allowed.
+    """
+
+    model: str
+    scheme: str
+    output: str
+    format: str = "auto_round"
+    method: Method = "vsraq"
+    algorithm: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Calibration = field(default_factory=Calibration)
+    runtime: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise ValueError(
+                f"method={self.method!r}: allowed are {', '.join(get_args(Method))}"
+            )
+        _refuse_unknown("algorithm", self.algorithm, _arguments(self._config_class))
+        _refuse_unknown("runtime", self.runtime, _RUNTIME)
+        for name, value in self.runtime.items():
+            _check_type(f"runtime.{name}", value, _RUNTIME[name])
+        self.algorithm_config()
+
+    @property
+    def _config_class(self) -> type[SignRoundConfig]:
+        return VSRAQConfig if self.method == "vsraq" else SignRoundConfig
+
+    def algorithm_config(self) -> SignRoundConfig:
+        """The configuration object that goes to AutoRound as `alg_configs`.
+
+        Raises:
+            ValueError: A value under `algorithm` is not allowed.
+        """
+        config: SignRoundConfig = self._config_class(**self.algorithm)
+        return config
+
+    def resolved(self) -> dict[str, Any]:
+        """Every setting with its final value, and the versions that produce it."""
+        plain = asdict(self)
+        config = self.algorithm_config()
+        plain["algorithm"] = {
+            name: str(value) if not _is_plain(value) else value
+            for name in sorted(_arguments(self._config_class))
+            if (value := getattr(config, name, None)) is not None
+        }
+        plain["versions"] = {
+            name: version(name)
+            for name in ("vsraq", "auto-round", "torch", "transformers")
+        }
+        return plain
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers: PyYAML reads 1e-3 as text, because it has no dot."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read a YAML file and apply `key=value` overrides.
+
+    Args:
+        path: The file.
+        overrides: Such as `algorithm.router_weight=0.1`; values are YAML.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no mapping, a key is unknown (the message names the
+            nearest known one), or a value is not allowed.
+    """
+    data = _parse_yaml(Path(path).read_text())
+    if not isinstance(data, dict):
+        raise ValueError(
+            f"{path}: holds a {type(data).__name__}; allowed is a mapping of keys"
+        )
+    for override in overrides:
+        key, separator, value = override.partition("=")
+        if not separator:
+            raise ValueError(
+                f"override {override!r}: allowed is key=value, such as "
+                "algorithm.router_weight=0.1"
+            )
+        *sections, name = key.strip().split(".")
+        target = data
+        for section in sections:
+            target = target.setdefault(section, {})
+            if not isinstance(target, dict):
+                raise ValueError(f"override {override!r}: {section} is not a section")
+        target[name] = _parse_yaml(value)
+    return parse_recipe(data)
+
+
+def parse_recipe(data: Mapping[str, Any]) -> Recipe:
+    """Turn a mapping, as YAML gives it, into a recipe.
+
+    Raises:
+        ValueError: A key is unknown or missing, or a value is not allowed.
+    """
+    known = {f.name: f for f in fields(Recipe)}
+    _refuse_unknown("", data, known)
+    missing = [name for name in ("model", "scheme", "output") if name not in data]
+    if missing:
+        raise ValueError(f"{', '.join(missing)}: missing; the recipe needs a value")
+    values = dict(data)
+    for section in ("algorithm", "calibration", "runtime"):
+        values[section] = values.get(section) or {}
+        _check_type(section, values[section], dict)
+    for name in ("model", "scheme", "output", "format", "method"):
+        if name in values:
+            _check_type(name, values[name], str)
+    calibration = values["calibration"]
+    types = {f.name: f.type for f in fields(Calibration)}
+    _refuse_unknown("calibration", calibration, types)
+    for name, value in calibration.items():
+        _check_type(f"calibration.{name}", value, types[name])
+    values["calibration"] = Calibration(**calibration)
+    return Recipe(**values)
+
+
+def build(recipe: Recipe, model: Any = None, **overrides: Any) -> AutoRound:
+    """The AutoRound run of a recipe.
+
+    Args:
+        recipe: The recipe.
+        model: A model in memory instead of `recipe.model`.
+        **overrides: Arguments of `auto_round.AutoRound` that YAML cannot hold, such as
+            a tokenizer or calibration tensors.
+
+    Returns:
+        AutoRound's run, ready for `quantize()` or `quantize_and_save()`.
+    """
+    arguments = asdict(recipe.calibration) | dict(recipe.runtime) | overrides
+    return AutoRound(
+        recipe.model if model is None else model,
+        scheme=recipe.scheme,
+        alg_configs=recipe.algorithm_config(),
+        **arguments,
+    )
+
+
+def run(recipe: Recipe) -> list[Path]:
+    """Quantize, export, and write the resolved recipe beside each export.
+
+    Returns:
+        The folders of the exports, one per format.
+    """
+    _, folders = build(recipe).quantize_and_save(recipe.output, format=recipe.format)
+    paths = [Path(f) for f in ([folders] if isinstance(folders, str) else folders)]
+    for path in paths:
+        write_resolved(recipe, path)
+    return paths
+
+
+def write_resolved(recipe: Recipe, folder: Path) -> Path:
+    """Write `vsraq_recipe.yaml` into a folder and return its path."""
+    path = folder / "vsraq_recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.resolved(), sort_keys=False))
+    return path
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool)
+
+
+def _arguments(config_class: type) -> frozenset[str]:
+    """Keyword arguments of the configuration, fields of the scheme included."""
+    names = set(QuantizationScheme.get_attributes())
+    for owner in config_class.__mro__:
+        init = owner.__dict__.get("__init__")
+        if init is not None and issubclass(owner, SignRoundConfig):
+            parameters = inspect.signature(init).parameters
+            names |= {n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    return frozenset(names)
+
+
+def _refuse_unknown(
+    section: str, data: Mapping[str, Any], known: Iterable[str]
+) -> None:
+    known = sorted(known)
+    prefix = f"{section}." if section else ""
+    for key in data:
+        if key in known:
+            continue
+        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+        hint = f"; did you mean {prefix}{near[0]}?" if near else ""
+        raise ValueError(
+            f"{prefix}{key}: unknown key{hint} Allowed are "
+            f"{', '.join(prefix + name for name in known)}"
+        )
+
+
+def _check_type(name: str, value: Any, allowed: Any) -> None:
+    kinds = allowed if isinstance(allowed, tuple) else (allowed,)
+    is_bool = isinstance(value, bool)
+    if isinstance(value, kinds) and (not is_bool or bool in kinds):
+        return
+    raise ValueError(
+        f"{name}={value!r}: a {type(value).__name__}; allowed is "
+        f"{' or '.join(kind.__name__ for kind in kinds)}"
+    )

@@ -1,0 +1,152 @@
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vsraq.autoround import VSRAQConfig
+from vsraq.checkpoint import Checkpoint
+from vsraq.cli import main
+from vsraq.demo import model_path
+from vsraq.recipe import Recipe, load_recipe, parse_recipe
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+MINIMAL = {"model": "some/model", "scheme": "W4A16", "output": "out"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[p.stem for p in CONFIGS])
+def test_every_config_is_valid(path):
+    recipe = load_recipe(path)
+    assert recipe.model == "upstage/Solar-Open-100B"
+    config = recipe.algorithm_config()
+    assert isinstance(config, VSRAQConfig)
+    assert config.router_weight == 0.01
+    assert (recipe.calibration.nsamples, recipe.calibration.seqlen) == (512, 2048)
+    assert recipe.runtime["low_gpu_mem_usage"]
+
+
+def test_defaults_and_overrides(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    recipe = load_recipe(
+        path,
+        [
+            "scheme=NVFP4",
+            "algorithm.router_weight=0.1",
+            "algorithm.objective=top3k_mse",
+            "algorithm.group_size=32",
+            "algorithm.lr=5e-3",
+            "calibration.nsamples=4",
+            "runtime.device_map=cpu",
+        ],
+    )
+    assert recipe.scheme == "NVFP4"
+    assert recipe.algorithm_config().router_weight == 0.1
+    assert recipe.algorithm_config().group_size == 32
+    assert recipe.algorithm_config().lr == 0.005
+    assert recipe.calibration.nsamples == 4
+    assert recipe.calibration.seqlen == 2048
+    assert recipe.runtime == {"device_map": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shceme": "W4A16"}, r"shceme: unknown key; did you mean scheme\?"),
+        (
+            {"algorithm": {"router_wieght": 1}},
+            r"algorithm.router_wieght: unknown key; did you mean "
+            r"algorithm.router_weight\?",
+        ),
+        ({"calibration": {"nsample": 3}}, r"did you mean calibration.nsamples\?"),
+        ({"runtime": {"device": "cpu"}}, r"did you mean runtime.device_map\?"),
+        ({"algorithm": {"alpha": 3}}, r"alpha=3: allowed is a number from 0 to 1"),
+        ({"algorithm": {"objective": "vsrag"}}, r"objective='vsrag'"),
+        ({"algorithm": {"iters": 0}}, r"iters=0"),
+        ({"method": "gptq"}, r"method='gptq': allowed are vsraq, auto_round"),
+        (
+            {"method": "auto_round", "algorithm": {"objective": "vsraq"}},
+            r"algorithm.objective: unknown key",
+        ),
+        ({"scheme": 4}, r"scheme=4: a int; allowed is str"),
+        ({"calibration": {"seqlen": "long"}}, r"calibration.seqlen='long'"),
+        ({"calibration": {"nsamples": True}}, r"calibration.nsamples=True"),
+        ({"calibration": {"nsamples": 0}}, r"calibration.nsamples=0: .*>= 1"),
+        ({"algorithm": ["vsraq"]}, r"algorithm=\['vsraq'\]: a list"),
+        ({"runtime": {"low_gpu_mem_usage": "yes"}}, r"allowed is bool"),
+    ],
+)
+def test_bad_recipes_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(MINIMAL | change)
+
+
+def test_missing_keys_are_named():
+    with pytest.raises(ValueError, match="model, output: missing"):
+        parse_recipe({"scheme": "W4A16"})
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("- a\n", [], "holds a list; allowed is a mapping"),
+        ("{}", ["scheme"], "override 'scheme': allowed is key=value"),
+        ("{model: a}", ["model.name=b"], "model is not a section"),
+    ],
+)
+def test_bad_files_and_overrides(text, overrides, message, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_recipe(path, overrides)
+
+
+def test_the_resolved_recipe_is_complete_and_runs_again():
+    recipe = parse_recipe(MINIMAL | {"algorithm": {"objective": "topk_mse"}})
+    resolved = recipe.resolved()
+    assert resolved["algorithm"]["iters"] == 200
+    assert resolved["algorithm"]["router_weight"] == 0.01
+    assert resolved["calibration"]["seed"] == 42
+    assert resolved.pop("versions")["auto-round"].startswith("0.16")
+    again = parse_recipe(yaml.safe_load(yaml.safe_dump(resolved)))
+    assert isinstance(again, Recipe)
+    assert again.resolved()["algorithm"] == resolved["algorithm"]
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "NVFP4"])
+def test_quantize_streams_exports_and_verifies(scheme, text_file, tmp_path, capsys):
+    path = CONFIGS[0]
+    status = main(
+        [
+            "quantize",
+            str(path),
+            f"model={model_path()}",
+            f"scheme={scheme}",
+            f"output={tmp_path / 'out'}",
+            "format=auto_round",
+            "algorithm.iters=1",
+            f"calibration.dataset={text_file}",
+            "calibration.nsamples=4",
+            "calibration.seqlen=64",
+            "runtime.enable_torch_compile=false",
+            "runtime.device_map=cpu",
+        ]
+    )
+    out = capsys.readouterr().out
+    assert status == 0
+    assert "verified: Verification(" in out
+    assert "routers=6, experts=192" in out
+    folder = Path(out.split("exported to ")[1].splitlines()[0])
+    written = yaml.safe_load((folder / "vsraq_recipe.yaml").read_text())
+    assert written["calibration"]["nsamples"] == 4
+    assert written["scheme"] == scheme
+    with Checkpoint(folder) as export:
+        assert len(export.quantized_layers()) == 6 * (4 + 3 * 32 + 3)
+
+
+def test_a_fault_is_one_line_and_a_status(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL | {"shceme": 1}))
+    assert main(["quantize", str(path)]) == 1
+    assert "vsraq: error: shceme: unknown key" in capsys.readouterr().err
+    assert main(["verify", str(tmp_path), "--reference", str(tmp_path)]) == 1
+    assert "no config.json" in capsys.readouterr().err
