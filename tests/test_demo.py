@@ -1,0 +1,113 @@
+import math
+import re
+
+import pytest
+import torch
+from transformers import SolarOpenForCausalLM
+
+from vsraq.analysis import compare
+from vsraq.demo import model_path, run
+from vsraq.demo.text import documents, split_of
+
+
+def paragraphs(split):
+    texts = (" ".join(p.split()) for d in documents(split) for p in d.split("\n\n"))
+    return {text for text in texts if len(text) >= 40}
+
+
+def test_splits_share_no_paragraph():
+    train, calibration = paragraphs("train"), paragraphs("calibration")
+    heldout = paragraphs("heldout")
+    assert not train & calibration
+    assert not train & heldout
+    assert not calibration & heldout
+    assert len(train) > 5 * len(heldout) > 0
+
+
+def test_the_split_follows_the_name_alone():
+    assert split_of("module:json") == split_of("module:json")
+    names = [f"module:{i}" for i in range(2000)]
+    share = sum(split_of(n) == "train" for n in names) / len(names)
+    assert 0.75 < share < 0.85
+
+
+def test_an_unknown_split_is_refused():
+    with pytest.raises(ValueError, match="split='test': allowed are train, calib"):
+        documents("test")
+
+
+def test_too_many_windows_are_refused():
+    tokenizer = run.load_tokenizer()
+    with pytest.raises(ValueError, match="count=100000: the heldout text"):
+        run.token_windows(tokenizer, "heldout", 100_000)
+
+
+def test_the_embedded_model_is_what_its_readme_says():
+    files = [f for f in model_path().iterdir() if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 9e6
+    model = run.load_demo_model()
+    assert isinstance(model, SolarOpenForCausalLM)
+    config = model.config
+    assert config.num_hidden_layers >= 5
+    assert config.n_routed_experts >= 32
+    assert config.num_experts_per_tok == 4
+    assert config.n_shared_experts == 1
+    for layer in model.model.layers:
+        assert layer.mlp.gate.e_score_correction_bias.abs().max() > 0.01
+
+
+def test_the_embedded_model_has_learnt():
+    tokenizer = run.load_tokenizer()
+    windows = run.token_windows(tokenizer, "heldout", 16)
+    model = run.load_demo_model()
+    result = compare(model, model, windows.split(8))
+    train = run.token_windows(tokenizer, "train", 1500).flatten()
+    counts = torch.bincount(train, minlength=len(tokenizer)).double() + 1
+    log_p = (counts / counts.sum()).log()
+    unigram = math.exp(-log_p[windows[:, 1:].flatten()].mean().item())
+    assert result.perplexity < unigram / 8
+
+
+def test_sorting_logits_is_not_selecting_experts():
+    from vsraq.capture import RouterCapture
+    from vsraq.routers import find_routers, select_experts
+
+    model = run.load_demo_model()
+    windows = run.token_windows(run.load_tokenizer(), "heldout", 4)
+    routers = find_routers(model)
+    with torch.no_grad(), RouterCapture(model, routers) as capture:
+        model(windows)
+        kept = capture.take()
+    differ = 0
+    for router in routers:
+        (logits,) = kept[router.name]
+        gate = model.get_submodule(router.name)
+        selected = select_experts(router, logits, gate.e_score_correction_bias)
+        by_logit = logits.topk(router.top_k).indices
+        differ += (selected.sort().values != by_logit.sort().values).any(-1).sum()
+    assert differ > 0
+
+
+def test_the_demo_runs_end_to_end(monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "HELDOUT_WINDOWS", 8)
+    monkeypatch.setattr(run, "CALIBRATION_SAMPLES", 8)
+    table = run.run_demo(tmp_path / "exports", iters=1).splitlines()
+    assert table[0].split() == (
+        "scheme method ppl KL Jaccard L0 L1 L2 L3 L4 L5 seconds MiB".split()
+    )
+    rows = [line.split() for line in table[2:]]
+    assert [row[:2] for row in rows] == [
+        ["bfloat16", "none"],
+        ["W4A16", "AutoRound"],
+        ["W4A16", "VSRAQ"],
+        ["NVFP4", "AutoRound"],
+        ["NVFP4", "VSRAQ"],
+    ]
+    reference = float(rows[0][2])
+    for row in rows[1:]:
+        assert abs(float(row[2]) / reference - 1) < 0.1
+        assert 0 < float(row[3]) < 0.2
+        assert all(0.7 < float(cell) < 1 for cell in row[4:11])
+    saved = {p.name for p in (tmp_path / "exports").iterdir()}
+    assert saved == {f"{r[0]}-{r[1]}" for r in rows[1:]}
+    assert re.fullmatch(r"\d+\.\d\d", rows[1][-1])
