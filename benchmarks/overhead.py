@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much longer VSRAQ tunes than AutoRound: the ratio of their times, in one run.
+
+    python benchmarks/overhead.py --scheme W4A16 --repeats 3
+
+Both quantize the embedded model with the same iterations, data and seed, in turn; the
+ratio of each pair is taken, and the median of the ratios is what counts. With
+`--compile`, every run starts without compiled code, as in a process of its own.
+"""
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from vsraq.checkpoint import load_model
+from vsraq.demo import model_path
+from vsraq.demo.run import CALIBRATION_SAMPLES, SEQLEN, load_tokenizer, token_windows
+from vsraq.recipe import Calibration, Recipe, build
+
+
+def tuning_seconds(method: str, scheme: str, iters: int, compiled: bool) -> float:
+    algorithm: dict[str, object] = {"iters": iters}
+    if method == "vsraq":
+        algorithm["router_weight"] = 1.0
+    recipe = Recipe(
+        model=str(model_path()),
+        scheme=scheme,
+        output="out",
+        method=method,
+        algorithm=algorithm,
+        calibration=Calibration(nsamples=CALIBRATION_SAMPLES, seqlen=SEQLEN),
+        runtime={"enable_torch_compile": compiled},
+    )
+    tokenizer = load_tokenizer()
+    samples = token_windows(tokenizer, "calibration", CALIBRATION_SAMPLES)
+    run = build(
+        recipe,
+        model=load_model(recipe.model),
+        tokenizer=tokenizer,
+        dataset=list(samples.split(1)),
+        device_map="cpu",
+    )
+    torch.compiler.reset()
+    started = time.perf_counter()
+    run.quantize()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scheme", default="W4A16")
+    parser.add_argument("--iters", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="under torch.compile")
+    arguments = parser.parse_args()
+    tuning_seconds(
+        "auto_round", arguments.scheme, 1, False
+    )  # warm up caches and kernels
+    ratios = []
+    for repeat in range(arguments.repeats):
+        # alternate who goes first, so that a drift of the machine cancels out
+        methods = ["auto_round", "vsraq"][:: 1 if repeat % 2 == 0 else -1]
+        seconds = {
+            method: tuning_seconds(
+                method, arguments.scheme, arguments.iters, arguments.compile
+            )
+            for method in methods
+        }
+        ratios.append(seconds["vsraq"] / seconds["auto_round"])
+        print(
+            f"{arguments.scheme}: AutoRound {seconds['auto_round']:.1f} s, "
+            f"VSRAQ {seconds['vsraq']:.1f} s, ratio {ratios[-1]:.3f}",
+            flush=True,
+        )
+    print(
+        f"{arguments.scheme}: median ratio {statistics.median(ratios):.3f} "
+        f"of {arguments.repeats} pairs, {arguments.iters} iterations"
+    )
