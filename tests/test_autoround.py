@@ -147,20 +147,26 @@ def test_gradient_accumulation_keeps_the_ratio(quantize, monkeypatch):
     assert not torch.allclose(without / elements, at_once, **close)
 
 
-def test_padding_counts_in_neither_loss(quantize):
-    def padded(filler):
-        samples = []
-        for index, ids in enumerate(tiny.calibration()):
-            ids, mask = ids.clone(), torch.ones_like(ids)
-            if index % 2:
-                ids[:, -12:], mask[:, -12:] = filler, 0
-            samples.append({"input_ids": ids, "attention_mask": mask})
-        return samples
+def padded(token):
+    """Samples whose second half is one token; 0 is the tokenizer's padding."""
+    samples = [ids.clone() for ids in tiny.calibration()]
+    for ids in samples:
+        ids[:, tiny.SEQLEN // 2 :] = token
+    return samples
 
-    config = {"iters": 3, "router_weight": 10.0}
-    first = tuned(quantize, VSRAQConfig(**config), dataset=padded(7))
-    second = tuned(quantize, VSRAQConfig(**config), dataset=padded(99))
-    assert same(first, second)
+
+def test_padding_counts_in_neither_loss(quantize):
+    """Valid tokens never see the padding behind them, so its embedding is free."""
+
+    def weights_with_embedding(token, value):
+        model = tiny.tiny_model("solar_open")
+        with torch.no_grad():
+            model.model.embed_tokens.weight[token] = value
+        config = VSRAQConfig(iters=4, router_weight=10.0, not_use_best_mse=True)
+        return weights(quantize(model, config, dataset=padded(token))[1])
+
+    assert same(weights_with_embedding(0, 0.1), weights_with_embedding(0, -0.5))
+    assert not same(weights_with_embedding(9, 0.1), weights_with_embedding(9, -0.5))
 
 
 def test_two_blocks_at_once_have_two_routers(quantize, vsraq_log):
@@ -263,6 +269,52 @@ def test_a_non_finite_loss_names_its_block(quantize, target, message):
         quantize(model, VSRAQConfig(iters=2, router_weight=1.0))
 
 
+def test_a_router_to_be_quantized_is_refused():
+    run = AutoRound(
+        tiny.tiny_model("solar_open"),
+        tiny.tiny_tokenizer(),
+        alg_configs=VSRAQConfig(iters=2),
+        dataset=tiny.calibration(),
+        nsamples=8,
+        seqlen=tiny.SEQLEN,
+        device_map="cpu",
+        enable_torch_compile=False,
+    )
+    run.post_init()
+    gate = run.model_context.model.model.layers[1].mlp.gate
+    gate.bits, gate.act_bits = 4, 16
+    with pytest.raises(ValueError, match=r"layers.1.mlp.gate: it is among the layers"):
+        run.quantize()
+
+
+def test_an_objective_that_reads_more_experts_than_there_are(quantize):
+    config = VSRAQConfig(iters=2, objective="router_kl", top_m=tiny.EXPERTS + 1)
+    with pytest.raises(ValueError, match=rf"reads {tiny.EXPERTS + 1} ranks of router"):
+        tuned(quantize, config)
+
+
+def test_masked_tokens_do_not_shift_the_ratio(quantize, monkeypatch):
+    """AutoRound's mean counts masked elements in its denominator; ours follows."""
+    shares = []
+    get_loss = VSRAQQuantizer._get_loss
+
+    def spy(self, *args, **kwargs):
+        loss = get_loss(self, *args, **kwargs)
+        current = self._run.current
+        mask = args[5]
+        share = sum(m.sum().item() for m in mask) / sum(m.numel() for m in mask)
+        shares.append(share)
+        router = float(current.router)
+        if current.batches == 1:
+            expected = float(current.reconstruction) + 10.0 * share * router
+            assert float(current.total) == pytest.approx(expected, rel=1e-3)
+        return loss
+
+    monkeypatch.setattr(VSRAQQuantizer, "_get_loss", spy)
+    tuned(quantize, VSRAQConfig(iters=1, router_weight=10.0), dataset=padded(0))
+    assert set(shares) == {0.5}
+
+
 # ── refused configurations ────────────────────────────────────────────────────
 
 
@@ -277,6 +329,9 @@ def test_a_non_finite_loss_names_its_block(quantize, target, message):
         ({"objective": "vsrag"}, r"objective='vsrag'.*Did you mean 'vsraq'"),
         ({"objective": "topk_mse", "alpha": 0.3}, r"no such hyper-parameter"),
         ({"alpha": 1.3}, r"alpha=1.3"),
+        ({"iters": "many"}, r"iters='many': allowed is an int"),
+        ({"nblocks": 0}, r"nblocks=0"),
+        ({"gradient_accumulate_steps": 0}, r"gradient_accumulate_steps=0"),
         ({"enable_lfq": True}, r"enable_lfq=True: .*drops the router loss"),
         ({"enable_adam": True, "enable_alg_ext": True}, r"allowed is one of them"),
     ],

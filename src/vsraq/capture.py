@@ -65,6 +65,8 @@ class RouterCapture(Generic[Kept]):
         self._keep = keep
         self._kept: dict[str, list[Kept]] = {r.name: [] for r in self.routers}
         self._handles: list[RemovableHandle] = []
+        # while open; a name may come to mean another module (AutoRound wraps layers)
+        self._modules: dict[str, nn.Module] = {}
 
     def open(self) -> Self:
         """Register the hooks; `with` does this.
@@ -73,15 +75,17 @@ class RouterCapture(Generic[Kept]):
             RuntimeError: This capture, or another without `keep` on one of the same
                 routers, is open already.
         """
-        modules = [self._router(router) for router in self.routers]
+        modules = {r.name: self.module.get_submodule(r.name) for r in self.routers}
         if self._handles or (
-            self._keep is None and any(_INPUTS in m.__dict__ for m in modules)
+            self._keep is None and any(_INPUTS in m.__dict__ for m in modules.values())
         ):
             raise RuntimeError(
                 f"a RouterCapture of this {type(self.module).__name__} is open "
                 "already; allowed is one at a time, so close() it first"
             )
-        for router, module in zip(self.routers, modules, strict=True):
+        self._modules = modules
+        for router in self.routers:
+            module = modules[router.name]
             if self._keep is None:
                 module.__dict__[_INPUTS] = []
                 hook: Callable[..., None] = _record_input
@@ -94,18 +98,20 @@ class RouterCapture(Generic[Kept]):
 
     def close(self) -> None:
         """Remove the hooks; what was kept stays until `take` or `clear`."""
-        if self._handles and self._keep is None:
-            for router in self.routers:
-                del self._router(router).__dict__[_INPUTS]
         for handle in self._handles:
             handle.remove()
+        if self._handles and self._keep is None:
+            for module in self._modules.values():
+                del module.__dict__[_INPUTS]
         self._handles.clear()
+        self._modules = {}
 
     def clear(self) -> None:
         """Forget what was kept so far."""
-        for router in self.routers:
-            self._kept[router.name].clear()
-            self._router(router).__dict__.get(_INPUTS, []).clear()
+        for kept in self._kept.values():
+            kept.clear()
+        for module in self._modules.values():
+            module.__dict__.get(_INPUTS, []).clear()
 
     def take(self) -> dict[str, list[Kept]]:
         """What was kept since the last `take`, per router, one item per call.
@@ -114,9 +120,8 @@ class RouterCapture(Generic[Kept]):
             RuntimeError: A router was not called.
         """
         if self._keep is None:
-            for router in self.routers:
-                module = self._router(router)
-                self._kept[router.name] += [
+            for name, module in self._modules.items():
+                self._kept[name] += [
                     router_logits(module, hidden_states)  # type: ignore[misc]
                     for hidden_states in module.__dict__.get(_INPUTS, ())
                 ]
@@ -142,9 +147,6 @@ class RouterCapture(Generic[Kept]):
     ) -> None:
         self.clear()
         self.close()
-
-    def _router(self, router: Router) -> nn.Module:
-        return self.module.get_submodule(router.name)
 
     def _keeping_hook(
         self, keep: Callable[[Router, Tensor], Kept], router: Router

@@ -332,9 +332,8 @@ def reduce_tokens(loss: Tensor, mask: Tensor | None = None) -> Tensor:
         )
     weight = mask.to(loss.dtype)
     total = weight.sum()
-    # where() drops whatever stands at masked positions, NaN of padding included
-    kept = torch.where(weight > 0, loss * weight, torch.zeros_like(loss))
-    return kept.sum() / torch.where(total > 0, total, torch.ones_like(total))
+    # where() instead of an if: no wait for the device
+    return (loss * weight).sum() / torch.where(total > 0, total, torch.ones_like(total))
 
 
 class RouterLoss(nn.Module):

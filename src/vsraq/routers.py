@@ -64,7 +64,8 @@ def find_routers(
         The routers in module order; empty for a dense module.
 
     Raises:
-        ValueError: A MoE layer's router is ambiguous or its top-k unknown.
+        ValueError: A MoE layer's router is ambiguous, its top-k unknown, or its layout
+            not supported.
     """
     classes = (
         declared_router_classes(module) if router_classes is None else (router_classes)
@@ -78,6 +79,16 @@ def find_routers(
         if found is not None:
             name, router = found
             routers.append(_describe(name, router, parent, num_experts))
+    names = [router.name for router in routers]
+    for name, candidate in module.named_modules():
+        # some models declare the layer around the router
+        inside = any(found == name or found.startswith(f"{name}.") for found in names)
+        if isinstance(candidate, classes) and not inside:
+            raise ValueError(
+                f"router {name!r} ({type(candidate).__name__}): it is declared as one, "
+                "but holds no weight (num_experts, hidden) beside its experts; allowed "
+                "is that layout"
+            )
     return tuple(routers)
 
 

@@ -72,10 +72,10 @@ class VSRAQConfig(SignRoundConfig):
         **kwargs: Any,
     ) -> None:
         iters = kwargs.get("iters", 1)
-        if iters is not None and iters <= 0:  # AutoRound resets negatives to 200
+        if not isinstance(iters, int) or iters < 1:  # AutoRound resets -1 to 200
             raise ValueError(
-                f"iters={iters}: allowed is an int >= 1; without iterations nothing is "
-                "tuned and the router loss has no effect, so use AutoRound's RTN "
+                f"iters={iters!r}: allowed is an int >= 1; without iterations nothing "
+                "is tuned and the router loss has no effect, so use AutoRound's RTN "
                 '(alg_configs="rtn") if that is what you want'
             )
         super().__init__(**kwargs)
@@ -126,6 +126,10 @@ class VSRAQConfig(SignRoundConfig):
             raise ValueError(
                 f"router_weight={weight!r}: allowed is a finite number >= 0"
             )
+        for name in ("nblocks", "gradient_accumulate_steps"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}: allowed is an int >= 1")
         if self.enable_lfq:
             raise ValueError(
                 "enable_lfq=True: it replaces the loss of the last block and so drops "

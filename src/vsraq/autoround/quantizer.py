@@ -22,6 +22,7 @@ from auto_round.algorithms.quantization.sign_roundv2.quantizer import (
     SignRoundV2Quantizer,
 )
 from auto_round.algorithms.registry import register_pipeline_member
+from auto_round.utils import check_to_quantized
 from auto_round.wrapper import WrapperLinear
 from torch import Tensor, nn
 
@@ -100,8 +101,10 @@ class _BlockRun:
     best: tuple[float, float] = (math.nan, math.nan)
     best_value: float = math.inf
     best_iteration: int = 0
+    sample: int | None = None  # one that the audit may run again
     reached: int = 0
     quantized: int = 0
+    reaches_something: bool = False
 
     def finish_iteration(self) -> None:
         if self.current.batches == 0:
@@ -124,9 +127,9 @@ class VSRAQQuantizer(SignRoundQuantizer):
 
     def __new__(cls, config: VSRAQConfig) -> "VSRAQQuantizer":
         """Choose the variant that the configuration asks for."""
-        if config.enable_adam:
+        if cls is VSRAQQuantizer and config.enable_adam:
             cls = _VSRAQAdamQuantizer
-        elif config.enable_alg_ext:
+        elif cls is VSRAQQuantizer and config.enable_alg_ext:
             cls = _VSRAQV2Quantizer
         return super().__new__(cls)
 
@@ -135,6 +138,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
         super().__init__(config)
         self._objective = config.resolve_objective()
         self._seed: int | None = None
+        self._layer_config: Any = None
         self._router_classes: tuple[type, ...] = ()
         self._fp_capture: RouterCapture[RankedLogits] | None = None
         self._run: _BlockRun | None = None
@@ -149,28 +153,38 @@ class VSRAQQuantizer(SignRoundQuantizer):
         """Take what the run context of AutoRound does not carry."""
         super().bind(orchestrator)
         self._seed = getattr(orchestrator, "seed", None)
+        self._layer_config = getattr(orchestrator, "layer_config", None)
         # AutoRound 0.16 stores nblocks on the config and never reads it from there.
-        if self._aligns and self.config.nblocks != 1:
+        if self.config.nblocks != 1:
             orchestrator.nblocks = self.config.nblocks
 
-    def _settings(self) -> dict[str, str]:
+    def _settings(self, composer: "AlgorithmComposer | None") -> dict[str, str]:
         """What decides the tuned weights besides AutoRound's own run signature."""
         own = {k: v for k, v in vars(self.config).items() if not k.startswith("_")}
-        own |= {"objective": self._objective, "seed": self._seed}
+        own |= {
+            "objective": self._objective,
+            "seed": self._seed,
+            "batch_size": self.calibration_context.batch_size,
+            "layer_config": self._layer_config,
+        }
+        for member in composer.members() if composer is not None else ():
+            if member is not self:
+                own[type(member).__name__] = vars(member.config)
         # an object's address differs in the process that resumes
         return {n: re.sub(r" at 0x[0-9a-f]+", "", str(v)) for n, v in own.items()}
 
     def prepare_run(self, composer: "AlgorithmComposer | None" = None) -> None:
-        """Refuse a model without a router before any time is spent on it.
+        """Refuse before the first block what cannot work in any.
 
         Raises:
-            ValueError: The model has no MoE router, or `AR_RESUME_DIR` holds an
+            ValueError: The model has no MoE router, one is to be quantized, the
+                objective needs more experts than one has, or `AR_RESUME_DIR` holds an
                 unfinished run with other settings.
             NotImplementedError: Its hidden states are not (batch, sequence, hidden).
         """
         super().prepare_run(composer=composer)
         if envs.AR_RESUME_DIR:
-            guard_resume(envs.AR_RESUME_DIR, self._settings())
+            guard_resume(envs.AR_RESUME_DIR, self._settings(composer))
         if not self._aligns:
             return
         self._router_classes = declared_router_classes(self.model)
@@ -181,6 +195,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 "loss has nothing to align; allowed are MoE models; use AutoRound's "
                 "SignRoundConfig for a dense one"
             )
+        for router in routers:
+            self._check_router(router)
         if self.compress_context.enable_torch_compile:
             # Code compiled for an earlier run of this process knows no router hook,
             # and torch.compile does not look whether there is one.
@@ -196,6 +212,19 @@ class VSRAQQuantizer(SignRoundQuantizer):
             self.config.router_weight,
             self._objective,
         )
+
+    def _check_router(self, router: Router) -> None:
+        if check_to_quantized(self.model.get_submodule(router.name)):
+            raise ValueError(
+                f"router {router.name}: it is among the layers to quantize; allowed "
+                f"are routers in full precision, so pass ignore_layers={router.name!r}"
+            )
+        ranks = self._objective.ranks(router.top_k, router.num_experts)
+        if not max(router.top_k, 1) <= router.num_experts >= ranks:
+            raise ValueError(
+                f"objective {self._objective} reads {ranks} ranks of router "
+                f"{router.name}: allowed is 1 to its {router.num_experts} experts"
+            )
 
     def finalize_run(self) -> None:
         """Drop what a run left behind; safe to call twice."""
@@ -260,7 +289,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 raise RuntimeError(
                     f"block {name}: no full-precision router logits were captured, and "
                     "its inputs are the quantized stream, so they cannot be derived; "
-                    "let AutoRound run the reference forward (reference_output=None)"
+                    "let AutoRound run the reference forward (reference_output=None) "
+                    f"if the caller skips it; else: {error}"
                 ) from error
             # The caller passed reference_output and so skipped AutoRound's forward.
             with capture, torch.no_grad(), _eager():
@@ -351,12 +381,17 @@ class VSRAQQuantizer(SignRoundQuantizer):
         run = self._run
         if run is None:
             return reconstruction
-        router, valid_tokens = self._router_loss(run, indices, valid_token_mask)
+        router, valid = self._router_loss(run, indices, valid_token_mask)
         router = router.to(reconstruction.device)
         # With gradient accumulation AutoRound sums the error over all elements instead
-        # of averaging it; the router term follows, so that the ratio stays.
+        # of averaging it, and its average divides by masked elements too. The router
+        # term follows both, so that the ratio of the two losses stays.
         scale = pred_output.numel() if self._reconstruction_is_sum(loss_func) else 1
-        total = reconstruction + self.config.router_weight * scale * router
+        share: Tensor | float = 1.0
+        if valid is not None:
+            valid = valid.to(reconstruction.device)
+            share = valid.sum() / valid.numel()
+        total = reconstruction + self.config.router_weight * scale * share * router
         if not torch.isfinite(total):
             raise RuntimeError(
                 f"block {run.name}, iteration {run.iteration}: loss is "
@@ -364,12 +399,13 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 f"{router.item()}); allowed are finite values; look for inf or NaN in "
                 "the block's weights and calibration inputs, or lower lr"
             )
-        if run.iteration == 0 and run.current.batches == 0:
-            self._audit_reach(run, indices)
+        if run.sample is None:
+            run.sample = int(indices[0])
         run.current.reconstruction += reconstruction.detach() / scale
         run.current.router += router.detach()
         run.current.total += total.detach()
-        run.current.valid_tokens += valid_tokens
+        # Without a mask AutoRound divides by a constant, which selects the same best.
+        run.current.valid_tokens += 0.0 if valid is None else valid.sum()
         run.current.batches += 1
         return total
 
@@ -381,8 +417,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
 
     def _router_loss(
         self, run: _BlockRun, indices: Any, valid_token_mask: list[Tensor] | None
-    ) -> tuple[Tensor, Tensor | float]:
-        """Mean over routers and valid tokens, and how many tokens are valid."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mean over routers and valid tokens, and the mask of the tokens (T,)."""
         samples = [int(i) for i in indices]
         mask: Tensor | None = None
         if valid_token_mask:
@@ -397,20 +433,21 @@ class VSRAQQuantizer(SignRoundQuantizer):
             device_mask = None if mask is None else mask.to(loss.device)
             losses.append(reduce_tokens(loss, device_mask))
         mean = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
-        # Without a mask AutoRound divides by a constant, which selects the same best.
-        return mean, 0.0 if mask is None else mask.sum().to(mean.device)
+        return mean, mask
 
-    def _audit_reach(self, run: _BlockRun, indices: Any) -> None:
+    def _audit_reach(self, run: _BlockRun) -> None:
         """Count the quantized layers that the block's router logits depend on."""
+        wrapped = [m for m in run.block.modules() if hasattr(m, "orig_layer")]
+        # norms are wrapped too where enable_norm_bias_tuning tunes them
+        linear = [isinstance(module, WrapperLinear) for module in wrapped]
         layers = [
-            [p for p in module.params.values() if p.requires_grad]
-            for module in run.block.modules()
-            if isinstance(module, WrapperLinear)
+            [p for p in vars(m)["params"].values() if p.requires_grad] for m in wrapped
         ]
-        run.quantized = len(layers)
-        with torch.enable_grad():
+        run.quantized = sum(linear)
+        # One sample, in eager mode: no second graph in memory, none to compile.
+        with torch.enable_grad(), _eager():
             self.block_forward.forward(
-                run.block, run.inputs, run.input_others, torch.as_tensor(indices)[:1]
+                run.block, run.inputs, run.input_others, torch.tensor([run.sample])
             )
             kept = [
                 logits for calls in run.q_capture.take().values() for logits in calls
@@ -420,15 +457,18 @@ class VSRAQQuantizer(SignRoundQuantizer):
             return
         flat = [parameter for layer in layers for parameter in layer]
         gradients = iter(torch.autograd.grad(probe, flat, allow_unused=True))
-        for layer in layers:
-            # A compiled block returns zeros instead of None for unused parameters.
-            own = [next(gradients) for _ in layer]
-            run.reached += any(g is not None and bool(g.any()) for g in own)
+        for layer, is_linear in zip(layers, linear, strict=True):
+            reached = any([next(gradients) is not None for _ in layer])
+            run.reached += reached and is_linear
+            run.reaches_something |= reached
 
     def _step(self, scaler: Any, optimizer: Any, lr_schedule: Any) -> None:
+        run = self._run
+        if run is not None:
+            if run.iteration == 0:  # after the backward pass: its graph is gone
+                self._audit_reach(run)
+            run.finish_iteration()
         super()._step(scaler, optimizer, lr_schedule)
-        if self._run is not None:
-            self._run.finish_iteration()
 
     def _log(self, run: _BlockRun) -> None:
         if run.first is None:
@@ -448,7 +488,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
             run.reached,
             run.quantized,
         )
-        if run.reached == 0:
+        if not run.reaches_something:
             logger.warning(
                 "vsraq: %s: the router loss reaches no quantized layer of this block, "
                 "because none stands before its router; the router term had no effect "
