@@ -32,7 +32,7 @@ def exports(tmp_path_factory):
         ("NVFP4", "auto_round,llm_compressor"),
     ):
         autoround = AutoRound(
-            tiny.tiny_model("solar_open").bfloat16(),
+            tiny.in_bfloat16(tiny.tiny_model("solar_open")),
             tiny.tiny_tokenizer(),
             scheme=scheme,
             alg_configs=VSRAQConfig(iters=3, router_weight=1.0),
@@ -75,18 +75,19 @@ def test_a_full_precision_reference_in_memory_and_on_disk(name, exports):
     from_disk = verify(folder, source)
     assert from_disk.compared_weights == 0
     assert from_disk.quantized_layers == LAYERS
-    assert verify(folder, tiny.tiny_model("solar_open")) == from_disk
+    in_memory = tiny.in_bfloat16(tiny.tiny_model("solar_open"))
+    assert verify(folder, in_memory) == from_disk
 
 
-def planted(exports, name, tmp_path, edit):
-    folder, tuned, _ = exports[name]
+def planted(exports, name, tmp_path, edit, *, on_disk=False):
+    folder, tuned, source = exports[name]
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     tensors = load_file(broken / "model.safetensors")
     edit(tensors)
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError) as error:
-        verify(broken, tuned)
+        verify(broken, source if on_disk else tuned)
     return error.value.faults
 
 
@@ -119,15 +120,32 @@ def unquantize(tensors):
     tensors[f"{EXPERT}.weight"] = torch.zeros(32, 64, dtype=torch.bfloat16)
 
 
+both_references = pytest.mark.parametrize("on_disk", [False, True])
+
+
 @every_export
-def test_a_missing_expert(name, exports, tmp_path):
-    faults = planted(exports, name, tmp_path, drop(f"{LAYER}.mlp.experts.3."))
+@both_references
+def test_a_projection_that_every_expert_misses(name, on_disk, exports, tmp_path):
+    def edit(tensors):
+        for tensor in [n for n in tensors if ".experts." in n and ".down_proj." in n]:
+            del tensors[tensor]
+
+    faults = planted(exports, name, tmp_path, edit, on_disk=on_disk)
+    assert f"{LAYER}: expert 0 misses down_proj" in faults
+
+
+@every_export
+@both_references
+def test_a_missing_expert(name, on_disk, exports, tmp_path):
+    edit = drop(f"{LAYER}.mlp.experts.3.")
+    faults = planted(exports, name, tmp_path, edit, on_disk=on_disk)
     assert f"{LAYER}: expert 3 misses down_proj, gate_proj, up_proj" in faults
 
 
 @every_export
-def test_a_missing_layer(name, exports, tmp_path):
-    faults = planted(exports, name, tmp_path, drop(f"{ATTENTION}."))
+@both_references
+def test_a_missing_layer(name, on_disk, exports, tmp_path):
+    faults = planted(exports, name, tmp_path, drop(f"{ATTENTION}."), on_disk=on_disk)
     assert faults == (f"{ATTENTION}: neither a quantized nor a plain weight is there",)
 
 
@@ -151,7 +169,15 @@ def test_a_changed_router(name, exports, tmp_path):
     for tensor in ("weight", "e_score_correction_bias"):
         edit = replace(f"{ROUTER}.{tensor}", first_to(7.0))
         faults = planted(exports, name, tmp_path / tensor, edit)
-        assert faults == (f"{ROUTER}.{tensor}: differs from the reference's router",)
+        (fault,) = faults
+        assert fault.startswith(f"{ROUTER}.{tensor}: differs from the reference's")
+
+
+@every_export
+def test_a_router_rounded_to_bfloat16(name, exports, tmp_path):
+    edit = replace(f"{ROUTER}.e_score_correction_bias", lambda t: t.bfloat16())
+    (fault,) = planted(exports, name, tmp_path, edit, on_disk=True)
+    assert "(torch.bfloat16 here, torch.float32 there)" in fault
 
 
 @every_export
@@ -189,7 +215,7 @@ def test_scales_that_are_zero_not_finite_or_missing(name, scale, exports, tmp_pa
 
 
 @every_export
-def test_one_wrong_level(name, exports, tmp_path):
+def test_wrong_levels(name, exports, tmp_path):
     packed = "weight_packed" if name.startswith("NVFP4") else "qweight"
     edit = replace(f"{EXPERT}.{packed}", lambda t: t ^ torch.ones_like(t))
     (fault,) = planted(exports, name, tmp_path, edit)
@@ -233,6 +259,43 @@ def test_a_layer_that_the_export_declares_full_precision(exports, tmp_path):
     result = verify(mixed, source)
     assert result.full_precision_layers == 1
     assert result.quantized_layers == LAYERS - 1
+
+
+def test_a_group_that_does_not_divide_its_layer(exports, tmp_path):
+    folder, tuned, _ = exports["W4A16-auto_round"]
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    config["quantization_config"]["group_size"] = 128
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"group_size 128 does not divide its 32"):
+        verify(broken, tuned)
+
+
+def test_a_missing_shard(exports, tmp_path):
+    folder, tuned, _ = exports["W4A16-auto_round"]
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    index = {"weight_map": {"a": "model.safetensors", "b": "second.safetensors"}}
+    (broken / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(FileNotFoundError, match=r"names second.safetensors, not there"):
+        verify(broken, tuned)
+
+
+def test_a_reference_that_cannot_be_one(exports, tmp_path):
+    folder, _, _ = exports["W4A16-auto_round"]
+    with pytest.raises(ValueError, match="no MoE router"):
+        verify(folder, tiny.tiny_model("llama"))
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a model in"):
+        verify(folder, tmp_path / "nowhere")
+
+
+def test_awq_packing_is_refused(exports, tmp_path):
+    folder, tuned, _ = exports["W4A16-auto_round"]
+    other = shutil.copytree(folder, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["quantization_config"]["packing_format"] = "auto_round:auto_awq"
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="packing_format='auto_round:auto_awq'"):
+        verify(other, tuned)
 
 
 def test_what_is_not_an_export(exports, tmp_path):

@@ -137,9 +137,19 @@ def tiny_tokenizer():
     )
 
 
+def in_bfloat16(model):
+    """As models are published: everything but the correction bias in bfloat16."""
+    biases = {n: b for n, b in model.named_buffers() if "correction_bias" in n}
+    model = model.bfloat16()
+    for name, bias in biases.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(owner), attribute, bias.float())
+    return model
+
+
 def save(family, folder, seed=0):
     """A checkpoint on disk, with its tokenizer, as a user has it."""
-    tiny_model(family, seed).save_pretrained(folder)
+    in_bfloat16(tiny_model(family, seed)).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

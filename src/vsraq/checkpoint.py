@@ -19,6 +19,7 @@ from typing import Any, Literal, Self
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -78,14 +79,15 @@ class Verification:
 class Checkpoint:
     """The tensors of a checkpoint folder, read one at a time.
 
-    Use it as a context manager. Reads `model.safetensors` or the shards of
-    `model.safetensors.index.json`.
+    Use it as a context manager. Reads the shards that `*.safetensors.index.json`
+    names, or every safetensors file where there is no index.
 
     Args:
         path: The folder.
 
     Raises:
-        FileNotFoundError: The folder has no config.json or no safetensors file.
+        FileNotFoundError: The folder has no config.json, no safetensors file, or not
+            all shards of its index.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -102,6 +104,14 @@ class Checkpoint:
 
     def __enter__(self) -> Self:
         files = sorted(self.path.glob("*.safetensors"))
+        for index in self.path.glob("*.safetensors.index.json"):
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+            missing = sorted(shards - {file.name for file in files})
+            if missing:
+                raise FileNotFoundError(
+                    f"path={str(self.path)!r}: {index.name} names "
+                    f"{', '.join(missing)}, not there; allowed is a complete checkpoint"
+                )
         if not files:
             raise FileNotFoundError(
                 f"path={str(self.path)!r}: no safetensors file there; allowed is the "
@@ -178,7 +188,7 @@ class Checkpoint:
 
     def _dequantize_int(self, layer: str) -> Tensor:
         config = self.quantization_config
-        own = self._own_settings(layer)
+        own = self.own_settings(layer)
         bits = int(own.get("bits", config["bits"]))
         scales = self[f"{layer}.scales"].float()  # (groups, out)
         levels = _unpack(self[f"{layer}.qweight"], bits, dim=0)  # (in, out)
@@ -191,7 +201,7 @@ class Checkpoint:
         group = torch.arange(levels.shape[0]) // group_size
         return ((levels - zeros[group]).float() * scales[group]).t()
 
-    def _own_settings(self, layer: str) -> Mapping[str, Any]:
+    def own_settings(self, layer: str) -> Mapping[str, Any]:
         """`extra_config` of one layer: by its name, else by a regular expression."""
         extra = self.quantization_config.get("extra_config") or {}
         if layer in extra:
@@ -274,12 +284,18 @@ def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     return model.eval()
 
 
-def verify(path: str | Path, reference: nn.Module | str | Path) -> Verification:
+def verify(
+    path: str | Path,
+    reference: nn.Module | str | Path,
+    *,
+    trust_remote_code: bool = False,
+) -> Verification:
     """Check an export tensor by tensor.
 
     Checked are: every expected layer is quantized (or declared full precision in the
-    export's config), every router is there in full precision and equal to the
-    reference's, all experts of every MoE layer are there and alike, every scale
+    export's config) in groups that divide it, every router is there in full precision
+    and equal to the reference's, all experts of every MoE layer are there and
+    complete, every scale
     (`scales`, `weight_scale`, `weight_global_scale`, `input_global_scale`) is there,
     finite and non-zero, and, if the reference holds the tuned weights, the dequantized
     weights are those, bit for bit after rounding to the reference's dtype.
@@ -290,6 +306,7 @@ def verify(path: str | Path, reference: nn.Module | str | Path) -> Verification:
             hold the tuned weights), or the full-precision model, or the path or hub
             name of its checkpoint (read without loading it as a whole; a hub model
             must be on this machine already).
+        trust_remote_code: Of transformers, for a reference given by path.
 
     Returns:
         What was checked.
@@ -298,7 +315,8 @@ def verify(path: str | Path, reference: nn.Module | str | Path) -> Verification:
         CheckpointError: With every fault found.
         FileNotFoundError: There is no checkpoint at `path`, or the reference is not on
             this machine.
-        ValueError: The export is not quantized, or its format is not supported.
+        ValueError: The export is not quantized, its format is not supported, or the
+            reference has no MoE router.
     """
     with ExitStack() as stack:
         export = stack.enter_context(Checkpoint(path))
@@ -308,14 +326,20 @@ def verify(path: str | Path, reference: nn.Module | str | Path) -> Verification:
             tensors: Mapping[str, Tensor] | Checkpoint = reference.state_dict()
         else:
             folder = _local_folder(reference)
-            module = _skeleton(folder)
+            module = _skeleton(folder, trust_remote_code)
             tensors = stack.enter_context(Checkpoint(folder))
         routers = find_routers(module)
+        if not routers:
+            raise ValueError(
+                f"reference={type(module).__name__}: it has no MoE router; allowed are "
+                "mixture-of-experts models"
+            )
         stored = _StoredNames(module)
         linears = _linear_layers(module, routers, stored)
         quantized = set(export.quantized_layers())
         layers = _check_layers(export, linears, quantized)
-        experts = _check_experts(routers, stored, quantized)
+        exempt = layers.names
+        experts = _check_experts(module, routers, stored, quantized | exempt)
         scale_faults = _check_scales(export, kind, quantized)
         faults = [
             *layers.faults,
@@ -332,7 +356,7 @@ def verify(path: str | Path, reference: nn.Module | str | Path) -> Verification:
         return Verification(
             kind=kind,
             quantized_layers=len(quantized),
-            full_precision_layers=layers.count,
+            full_precision_layers=len(exempt),
             routers=len(routers),
             experts=experts.count,
             compared_weights=weights.count,
@@ -343,12 +367,14 @@ def verify(path: str | Path, reference: nn.Module | str | Path) -> Verification:
 class _Checked:
     count: int
     faults: list[str]
+    names: frozenset[str] = frozenset()
 
 
 def _kind(export: Checkpoint) -> Literal["int", "nvfp4"]:
     config = export.quantization_config
     endings = {name.rpartition(".")[2] for name in export}
-    if {"qweight", "scales"} <= endings:
+    is_awq = "awq" in f"{config.get('packing_format')} {config.get('quant_method')}"
+    if not is_awq and {"qweight", "scales"} <= endings:
         return "int"
     if "weight_packed" in endings and "weight_global_scale" in endings:
         return "nvfp4"
@@ -358,9 +384,10 @@ def _kind(export: Checkpoint) -> Literal["int", "nvfp4"]:
     if is_nvfp4 and "weight_packed" in endings:
         return "nvfp4"
     raise ValueError(
-        f"path={str(export.path)!r}: quant_method={config.get('quant_method')!r} with "
-        f"tensors {sorted(endings)}; allowed are integer weights in auto_round format "
-        "and NVFP4 in auto_round or llm_compressor format"
+        f"path={str(export.path)!r}: quant_method={config.get('quant_method')!r}, "
+        f"packing_format={config.get('packing_format')!r} with tensors "
+        f"{sorted(endings)}; allowed are integer weights in auto_round format (GPTQ "
+        "packing) and NVFP4 in auto_round or llm_compressor format"
     )
 
 
@@ -368,13 +395,21 @@ def _local_folder(reference: str | Path) -> Path:
     """The folder itself, or where the hub's client has put a model's files."""
     if Path(reference).is_dir():
         return Path(reference)
-    return Path(snapshot_download(str(reference), local_files_only=True))
+    try:
+        return Path(snapshot_download(str(reference), local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"reference={str(reference)!r}: neither a folder nor a model in the hub's "
+            "cache on this machine; allowed are those two"
+        ) from error
 
 
-def _skeleton(path: str | Path) -> nn.Module:
-    config = AutoConfig.from_pretrained(path)
+def _skeleton(path: Path, trust_remote_code: bool) -> nn.Module:
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=trust_remote_code
+        )
     return model
 
 
@@ -473,7 +508,7 @@ def _check_layers(
             exempt.add(name)
         else:
             faults.append(f"{name}: expected quantized, but stored in full precision")
-    return _Checked(len(exempt), faults)
+    return _Checked(len(exempt), faults, frozenset(exempt))
 
 
 def _check_routers(
@@ -496,22 +531,43 @@ def _check_routers(
                 faults.append(f"{name}: missing")
                 continue
             # a module knows its own names, a folder the stored ones
-            expected = tensors[name if isinstance(tensors, Checkpoint) else own_name]
-            exported = export[name]
+            key = name if isinstance(tensors, Checkpoint) else own_name
+            if key not in tensors:
+                faults.append(f"{name}: missing in the reference")
+                continue
+            exported, expected = export[name], tensors[key]
             if exported.dtype not in _FULL_PRECISION:
                 faults.append(f"{name}: dtype {exported.dtype} is not full precision")
-            elif exported.shape != expected.shape or not torch.equal(
-                exported, expected.to(exported)
-            ):
-                faults.append(f"{name}: differs from the reference's router")
+            elif not torch.equal(exported.float(), expected.detach().cpu().float()):
+                faults.append(
+                    f"{name}: differs from the reference's router ({exported.dtype} "
+                    f"here, {expected.dtype} there)"
+                )
     return faults
 
 
+def _projections(module: nn.Module, router: Router) -> set[str]:
+    """Linear layers of one expert beside a router, by AutoRound's unfused names."""
+    names: set[str] = set()
+    parent = module.get_submodule(router.name.rpartition(".")[0])
+    for name, child in parent.named_modules():
+        fused = [n for n, p in child.named_parameters(recurse=False) if p.ndim == 3]
+        for parameter in fused:
+            halves = {"gate_up_proj": ("gate_proj", "up_proj")}
+            names.update(halves.get(parameter, (parameter,)))
+        if re.search(r"(^|\.)experts\.0\.", name) and isinstance(child, nn.Linear):
+            names.add(re.split(r"experts\.0\.", name)[1].removesuffix(".orig_layer"))
+    return names
+
+
 def _check_experts(
-    routers: tuple[Router, ...], stored: _StoredNames, quantized: set[str]
+    module: nn.Module,
+    routers: tuple[Router, ...],
+    stored: _StoredNames,
+    layers: set[str],
 ) -> _Checked:
     by_block: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for layer in quantized:
+    for layer in layers:
         match = re.match(r"^(.+\.experts)\.(\d+)\.(.+)$", layer)
         if match:
             by_block[_block_of(layer)][int(match[2])].add(match[3])
@@ -523,10 +579,10 @@ def _check_experts(
         if not experts:
             faults.append(f"{block}: no quantized experts beside {router.name}")
             continue
-        layers = set().union(*experts.values())
         count += len(experts)
+        expected = _projections(module, router).union(*experts.values())
         for index in range(router.num_experts):
-            missing = layers - experts.get(index, set())
+            missing = expected - experts.get(index, set())
             if missing:
                 faults.append(
                     f"{block}: expert {index} misses {', '.join(sorted(missing))}"
@@ -555,12 +611,28 @@ def _check_scales(
             if suffix not in scales:
                 continue
             values = export[name].float()
+            if suffix == "scales" and (fault := _group_fault(export, layer)):
+                faults.append(fault)
             if not torch.isfinite(values).all():
                 faults.append(f"{name}: has a non-finite scale")
             elif (values == 0).any():
                 zeros = int((values == 0).sum())
                 faults.append(f"{name}: {zeros} of {values.numel()} scales are zero")
     return faults
+
+
+def _group_fault(export: Checkpoint, layer: str) -> str | None:
+    """Loaders take the declared group literally, also where it exceeds the layer."""
+    config, own = export.quantization_config, export.own_settings(layer)
+    bits = int(own.get("bits", config["bits"]))
+    group_size = int(own.get("group_size", config["group_size"]))
+    in_features = export[f"{layer}.qweight"].shape[0] * 32 // bits
+    if group_size <= 0 or in_features % group_size == 0:
+        return None
+    return (
+        f"{layer}: group_size {group_size} does not divide its {in_features} inputs, "
+        "so loaders refuse it; give this layer another one in layer_config"
+    )
 
 
 def _quantizes_activations(export: Checkpoint) -> bool:
@@ -577,11 +649,14 @@ def _check_weights(
     quantized: set[str],
 ) -> _Checked:
     """Compare with tuned weights, which AutoRound marks by `bits` on the layer."""
-    faults = []
+    faults: list[str] = []
     compared = 0
-    for name in sorted(quantized & linears.keys()):
-        _, layer = linears[name]
-        if not hasattr(layer, "bits"):
+    if not any(hasattr(layer, "bits") for _, layer in linears.values()):
+        return _Checked(0, [])  # a full-precision reference
+    for name in sorted(quantized):
+        _, layer = linears.get(name, (name, None))
+        if layer is None or not hasattr(layer, "bits"):
+            faults.append(f"{name}: the tuned reference has no such layer")
             continue
         compared += 1
         tuned = layer.weight.detach().cpu()
