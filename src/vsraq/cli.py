@@ -9,6 +9,13 @@ from pathlib import Path
 from vsraq import __version__
 
 
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value}: allowed is an int >= 1")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vsraq",
@@ -24,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         "--output", type=Path, help="keep the exports in this folder (default: drop)"
     )
     demo.add_argument(
-        "--iters", type=int, default=None, help="tuning iterations per block"
+        "--iters", type=_positive, help="tuning iterations per block (default: 50)"
     )
 
     quantize = commands.add_parser("quantize", help="run a recipe")
@@ -70,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     from vsraq.demo.run import ITERS, run_demo
 
-    print(run_demo(arguments.output, iters=arguments.iters or ITERS))
+    iters = ITERS if arguments.iters is None else arguments.iters
+    print(run_demo(arguments.output, iters=iters))
     return 0
 
 
@@ -81,7 +89,8 @@ def _quantize(arguments: argparse.Namespace) -> int:
     recipe = load_recipe(arguments.config, arguments.overrides)
     for path in run(recipe):
         print(f"exported to {path}")
-        print(f"verified: {verify(path, recipe.model)}")
+        remote = bool(recipe.runtime.get("trust_remote_code", False))
+        print(f"verified: {verify(path, recipe.model, trust_remote_code=remote)}")
     return 0
 
 

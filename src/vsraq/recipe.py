@@ -112,7 +112,10 @@ class Recipe:
         _refuse_unknown("runtime", self.runtime, _RUNTIME)
         for name, value in self.runtime.items():
             _check_type(f"runtime.{name}", value, _RUNTIME[name])
-        self.algorithm_config()
+        try:
+            self.algorithm_config()
+        except TypeError as error:
+            raise ValueError(f"algorithm: {error}") from error
 
     @property
     def _config_class(self) -> type[SignRoundConfig]:
@@ -128,17 +131,13 @@ class Recipe:
         return config
 
     def resolved(self) -> dict[str, Any]:
-        """Every setting with its final value, and the versions that produce it."""
+        """Every setting with its final value; `parse_recipe` takes it back."""
         plain = asdict(self)
         config = self.algorithm_config()
         plain["algorithm"] = {
-            name: str(value) if not _is_plain(value) else value
+            name: value if isinstance(value, str | int | float | bool) else str(value)
             for name in sorted(_arguments(self._config_class))
             if (value := getattr(config, name, None)) is not None
-        }
-        plain["versions"] = {
-            name: version(name)
-            for name in ("vsraq", "auto-round", "torch", "transformers")
         }
         return plain
 
@@ -155,7 +154,10 @@ _Loader.add_implicit_resolver(
 
 
 def _parse_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {error}") from error
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -188,7 +190,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         *sections, name = key.strip().split(".")
         target = data
         for section in sections:
-            target = target.setdefault(section, {})
+            target[section] = target.get(section) or {}
+            target = target[section]
             if not isinstance(target, dict):
                 raise ValueError(f"override {override!r}: {section} is not a section")
         target[name] = _parse_yaml(value)
@@ -257,14 +260,15 @@ def run(recipe: Recipe) -> list[Path]:
 
 
 def write_resolved(recipe: Recipe, folder: Path) -> Path:
-    """Write `vsraq_recipe.yaml` into a folder and return its path."""
+    """Write `vsraq_recipe.yaml` into a folder and return its path.
+
+    It runs again as it is; the versions that made the export stand in its comments.
+    """
+    packages = ("vsraq", "auto-round", "torch", "transformers")
+    versions = "".join(f"# {name} {version(name)}\n" for name in packages)
     path = folder / "vsraq_recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe.resolved(), sort_keys=False))
+    path.write_text(versions + yaml.safe_dump(recipe.resolved(), sort_keys=False))
     return path
-
-
-def _is_plain(value: Any) -> bool:
-    return isinstance(value, str | int | float | bool)
 
 
 def _arguments(config_class: type) -> frozenset[str]:
