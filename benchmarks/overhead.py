@@ -10,14 +10,18 @@ ratio of each pair is taken, and the median of the ratios is what counts. With
 
 import argparse
 import statistics
-import time
 
 import torch
 
-from vsraq.checkpoint import load_model
 from vsraq.demo import model_path
-from vsraq.demo.run import CALIBRATION_SAMPLES, SEQLEN, load_tokenizer, token_windows
-from vsraq.recipe import Calibration, Recipe, build
+from vsraq.demo.run import (
+    CALIBRATION_SAMPLES,
+    SEQLEN,
+    load_tokenizer,
+    token_windows,
+    tune,
+)
+from vsraq.recipe import Calibration, Recipe
 
 
 def tuning_seconds(method: str, scheme: str, iters: int, compiled: bool) -> float:
@@ -35,17 +39,9 @@ def tuning_seconds(method: str, scheme: str, iters: int, compiled: bool) -> floa
     )
     tokenizer = load_tokenizer()
     samples = token_windows(tokenizer, "calibration", CALIBRATION_SAMPLES)
-    run = build(
-        recipe,
-        model=load_model(recipe.model),
-        tokenizer=tokenizer,
-        dataset=list(samples.split(1)),
-        device_map="cpu",
-    )
     torch.compiler.reset()
-    started = time.perf_counter()
-    run.quantize()
-    return time.perf_counter() - started
+    _, _, seconds = tune(recipe, tokenizer, samples)
+    return seconds
 
 
 if __name__ == "__main__":

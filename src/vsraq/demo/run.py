@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantize the embedded MoE with AutoRound and with VSRAQ, and compare.
 
-Every number in the table comes from an export that was written, verified tensor by
-tensor against the tuned model, and loaded again.
+Every quantized row of the table comes from an export that was written, verified tensor
+by tensor against the tuned model, and loaded again. Models are evaluated in float32.
 """
 
 import tempfile
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from vsraq.analysis import Comparison, compare
 from vsraq.checkpoint import Checkpoint, load_model, verify
 from vsraq.demo import model_path
 from vsraq.demo.text import Split, documents
-from vsraq.recipe import Calibration, Method, Recipe, build, write_resolved
+from vsraq.recipe import Calibration, Method, Recipe, build
 
 ITERS = 50
 ROUTER_WEIGHT = 0.1  # one of the two values of the paper
@@ -43,7 +44,7 @@ class Row:
         scheme: The quantization scheme.
         method: What tuned it.
         comparison: The reloaded export against the full-precision model.
-        seconds: Wall time of the tuning.
+        seconds: Wall time of AutoRound's `quantize()`.
         mebibytes: Size of the export's tensors on disk, MiB.
     """
 
@@ -128,7 +129,6 @@ def run_demo(output: Path | None = None, *, iters: int = ITERS) -> str:
                     method=method,
                     algorithm=algorithm,
                     calibration=Calibration(
-                        dataset="the running Python's documentation",
                         nsamples=CALIBRATION_SAMPLES,
                         seqlen=SEQLEN,
                         batch_size=BATCH,
@@ -138,7 +138,7 @@ def run_demo(output: Path | None = None, *, iters: int = ITERS) -> str:
                         **({"layer_config": GROUPS} if scheme == "W4A16" else {}),
                     },
                 )
-                path, seconds = _quantize(recipe, tokenizer, calibration)
+                path, seconds = _export(recipe, tokenizer, calibration)
                 rows.append(
                     Row(
                         scheme,
@@ -151,28 +151,42 @@ def run_demo(output: Path | None = None, *, iters: int = ITERS) -> str:
     return format_table(rows)
 
 
-def _quantize(
+def tune(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, calibration: Tensor
-) -> tuple[Path, float]:
-    """Tune, export and verify; return the export to load and the tuning time."""
-    model = load_model(recipe.model)
+) -> tuple[Any, nn.Module, float]:
+    """Quantize a recipe's model on token ids.
+
+    Args:
+        recipe: Its data set is not read.
+        tokenizer: The model's tokenizer.
+        calibration: Token ids, (samples, seqlen).
+
+    Returns:
+        AutoRound's run, the tuned model, and the wall time of `quantize()` in seconds.
+    """
     run = build(
         recipe,
-        model=model,
+        model=load_model(recipe.model),
         tokenizer=tokenizer,
         dataset=list(calibration.split(1)),
         device_map="cpu",
     )
     started = time.monotonic()
     tuned, _ = run.quantize()
-    seconds = time.monotonic() - started
+    return run, tuned, time.monotonic() - started
+
+
+def _export(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, calibration: Tensor
+) -> tuple[Path, float]:
+    """Tune, export and verify; return the export to load and the tuning time."""
+    run, tuned, seconds = tune(recipe, tokenizer, calibration)
     _, saved = run.save_quantized(
         recipe.output, format=recipe.format, inplace=False, return_folders=True
     )
     paths = [Path(p) for p in ([saved] if isinstance(saved, str) else saved)]
     for path in paths:
         verify(path, tuned)
-        write_resolved(recipe, path)
     # transformers loads compressed-tensors NVFP4 experts without their global scale
     # (huggingface/transformers#48371). The auto_round export loads right, and holds
     # the same numbers as the other one:

@@ -8,7 +8,8 @@ running interpreter; nothing of it is stored in this package.
 A document is one help topic, or all docstrings below one top-level module. The
 split follows a hash of the document's name, so it is the same for every Python
 version and a module never lies on both sides. A paragraph that occurred before (in
-the order train, calibration, held-out) is dropped, so no paragraph is in two splits.
+the order train, calibration, held-out) is dropped, so no paragraph is in two splits
+of one Python version.
 """
 
 import ast
