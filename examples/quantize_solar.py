@@ -5,7 +5,7 @@
     python examples/quantize_solar.py NVFP4 --output Solar-Open-100B-NVFP4-VSRAQ
 
 A model given by name or path is read from disk block by block, so the CPU needs room
-for about one block and the GPU for one block and its calibration activations.
+for about one block and the calibration activations, the GPU for one block and a batch.
 """
 
 import argparse
@@ -27,13 +27,17 @@ parser.add_argument("--dataset", default="NeelNanda/pile-10k")
 parser.add_argument("--nsamples", type=int, default=512)
 parser.add_argument("--seqlen", type=int, default=2048)
 parser.add_argument("--iters", type=int, default=200)
+parser.add_argument("--group-size", type=int, help="of W4A16, where 128 is too wide")
 arguments = parser.parse_args()
 
 autoround = AutoRound(
     arguments.model,
     scheme=arguments.scheme,
     alg_configs=VSRAQConfig(
-        objective="vsraq", router_weight=ROUTER_WEIGHT, iters=arguments.iters
+        objective="vsraq",
+        router_weight=ROUTER_WEIGHT,
+        iters=arguments.iters,
+        **({"group_size": arguments.group_size} if arguments.group_size else {}),
     ),
     dataset=arguments.dataset,
     nsamples=arguments.nsamples,

@@ -5,12 +5,13 @@ import re
 import shlex
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 import vsraq
-from vsraq.cli import _parser
+from vsraq.cli import _parser, main
 from vsraq.demo import model_path
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +31,7 @@ def test_every_python_block_runs(text_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     smaller = {
         '"upstage/Solar-Open-100B"': repr(str(model_path())),
+        'scheme="W4A16"': 'scheme="W4A16", group_size=32',
         "nsamples=512": "nsamples=4",
         "seqlen=2048": f"seqlen=64, dataset={text_file!r}, batch_size=4, iters=2, "
         "enable_torch_compile=False, device_map='cpu'",
@@ -45,15 +47,30 @@ def test_every_python_block_runs(text_file, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("block", blocks("bash"))
-def test_every_shell_line_is_a_command_of_this_project(block):
+def test_every_shell_line_is_a_command_of_this_project(
+    block, text_file, tmp_path, monkeypatch
+):
+    """`vsraq` lines run; `make` and `pip` lines would install or call this suite."""
+    monkeypatch.chdir(ROOT)
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
     for line in block.strip().splitlines():
         program, *arguments = shlex.split(line)
         if program == "make":
             assert set(arguments) <= set(targets)
         elif program == "vsraq":
-            parsed = _parser().parse_args(arguments)
-            assert parsed.command != "quantize" or (ROOT / parsed.config).is_file()
+            assert _parser().parse_args(arguments).command == "quantize"
+            smaller = [
+                f"model={model_path()}",
+                f"output={tmp_path / 'out'}",
+                "algorithm.iters=1",
+                "algorithm.group_size=32",
+                f"calibration.dataset={text_file}",
+                "calibration.nsamples=4",
+                "calibration.seqlen=64",
+                "runtime.enable_torch_compile=false",
+                "runtime.device_map=cpu",
+            ]
+            assert main([*arguments, *smaller]) == 0
         else:
             assert line == "pip install ."
 
@@ -87,6 +104,38 @@ def test_importing_prints_nothing():
     assert "vsraq" not in done.stderr
 
 
+def test_the_wheel_has_the_model_and_stays_small(tmp_path):
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "pip", "wheel", "--no-deps"),
+            *("--no-build-isolation", "--wheel-dir", tmp_path, ROOT),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.stat().st_size <= 10e6
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    code = (
+        "import vsraq.demo.run as run, vsraq; print(vsraq.__file__);"
+        "print(run.load_demo_model().num_parameters())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(site), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-2:] == [
+        str(site / "vsraq" / "__init__.py"),
+        "3278464",
+    ]
+
+
 @pytest.mark.parametrize("scheme", ["W4A16", "NVFP4"])
 def test_the_solar_example(scheme, text_file, tmp_path):
     done = subprocess.run(
@@ -100,6 +149,7 @@ def test_the_solar_example(scheme, text_file, tmp_path):
             "--nsamples=4",
             "--seqlen=64",
             "--iters=1",
+            *(["--group-size=32"] if scheme == "W4A16" else []),
         ],
         capture_output=True,
         text=True,
