@@ -27,14 +27,18 @@ from vsraq.routers import Router, router_logits
 
 Kept = TypeVar("Kept")
 
-
 _INPUTS = "_vsraq_router_inputs"
+
+
+def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    hidden_states: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return hidden_states
 
 
 def _record_input(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
-    getattr(module, _INPUTS).append(args[0] if args else next(iter(kwargs.values())))
+    getattr(module, _INPUTS).append(_input(args, kwargs))
 
 
 class RouterCapture(Generic[Kept]):
@@ -156,7 +160,7 @@ class RouterCapture(Generic[Kept]):
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> None:
-            hidden_states = args[0] if args else next(iter(kwargs.values()))
-            kept.append(keep(router, router_logits(module, hidden_states)))
+            logits = router_logits(module, _input(args, kwargs))
+            kept.append(keep(router, logits))
 
         return hook

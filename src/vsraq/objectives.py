@@ -73,6 +73,7 @@ class Objective:
     token_loss: TokenLoss
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     ranks_read: RanksRead = _all_ranks
+    _takes_top_k: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         parameters = inspect.signature(self.token_loss).parameters
@@ -93,10 +94,11 @@ class Objective:
         complete = defaults | dict(self.hyperparameters)
         check_hyperparameters(**complete)
         object.__setattr__(self, "hyperparameters", MappingProxyType(complete))
+        object.__setattr__(self, "_takes_top_k", "top_k" in parameters)
 
     def __call__(self, q_logits: Tensor, fp_logits: FpLogits, *, top_k: int) -> Tensor:
         """The loss of each token, (..., E) x (..., E) -> (...)."""
-        if "top_k" in inspect.signature(self.token_loss).parameters:
+        if self._takes_top_k:
             return self.token_loss(
                 q_logits, fp_logits, top_k=top_k, **self.hyperparameters
             )

@@ -67,9 +67,9 @@ def find_routers(
         ValueError: A MoE layer's router is ambiguous, its top-k unknown, or its layout
             not supported.
     """
-    classes = (
-        declared_router_classes(module) if router_classes is None else (router_classes)
-    )
+    classes = router_classes
+    if classes is None:
+        classes = declared_router_classes(module)
     routers: list[Router] = []
     for parent_name, parent in module.named_modules():
         num_experts = _experts_beside(parent)
@@ -81,9 +81,10 @@ def find_routers(
             routers.append(_describe(name, router, parent, num_experts))
     names = [router.name for router in routers]
     for name, candidate in module.named_modules():
+        if not isinstance(candidate, classes):
+            continue
         # some models declare the layer around the router
-        inside = any(found == name or found.startswith(f"{name}.") for found in names)
-        if isinstance(candidate, classes) and not inside:
+        if not any(found == name or found.startswith(f"{name}.") for found in names):
             raise ValueError(
                 f"router {name!r} ({type(candidate).__name__}): it is declared as one, "
                 "but holds no weight (num_experts, hidden) beside its experts; allowed "
@@ -244,7 +245,7 @@ def _maps_to(module: nn.Module, num_experts: int) -> bool:
     return (
         isinstance(weight, Tensor)
         and weight.ndim == 2
-        and (weight.shape[0] == num_experts)
+        and weight.shape[0] == num_experts
     )
 
 
