@@ -187,29 +187,32 @@ class Checkpoint:
         return self._dequantize_nvfp4(layer)
 
     def _dequantize_int(self, layer: str) -> Tensor:
-        config = self.quantization_config
-        own = self.own_settings(layer)
-        bits = int(own.get("bits", config["bits"]))
+        bits, group_size = self.bits_and_group_size(layer)
         scales = self[f"{layer}.scales"].float()  # (groups, out)
         levels = _unpack(self[f"{layer}.qweight"], bits, dim=0)  # (in, out)
         zeros = _unpack(self[f"{layer}.qzeros"], bits, dim=1)  # (groups, out)
+        config = self.quantization_config
         if "gptq" in str(config.get("packing_format", config.get("quant_method"))):
             zeros = zeros + 1  # GPTQ stores the zero point minus one
-        group_size = int(own.get("group_size", config["group_size"]))
         if group_size <= 0:
             group_size = levels.shape[0]
         group = torch.arange(levels.shape[0]) // group_size
         return ((levels - zeros[group]).float() * scales[group]).t()
 
-    def own_settings(self, layer: str) -> Mapping[str, Any]:
-        """`extra_config` of one layer: by its name, else by a regular expression."""
-        extra = self.quantization_config.get("extra_config") or {}
-        if layer in extra:
-            return dict(extra[layer])
-        for pattern, own in extra.items():
-            if re.search(pattern, layer):
-                return dict(own)
-        return {}
+    def bits_and_group_size(self, layer: str) -> tuple[int, int]:
+        """Of an integer layer, as the config declares them for it.
+
+        `extra_config` goes before the whole model's values: by the layer's name, else
+        by a regular expression. A group size of -1 is the whole row.
+        """
+        config = self.quantization_config
+        extra = config.get("extra_config") or {}
+        own = extra.get(layer)
+        if own is None:
+            matching = (own for key, own in extra.items() if re.search(key, layer))
+            own = next(matching, {})
+        merged = {**config, **own}
+        return int(merged["bits"]), int(merged["group_size"])
 
     def _dequantize_nvfp4(self, layer: str) -> Tensor:
         packed = self[f"{layer}.weight_packed"].int()  # (out, in / 2), low nibble first
@@ -337,20 +340,21 @@ def verify(
         stored = _StoredNames(module)
         linears = _linear_layers(module, routers, stored)
         quantized = set(export.quantized_layers())
-        layers = _check_layers(export, linears, quantized)
-        exempt = layers.names
-        experts = _check_experts(module, routers, stored, quantized | exempt)
+        exempt, layer_faults = _check_layers(export, linears, quantized)
+        experts, expert_faults = _check_experts(
+            module, routers, stored, quantized | exempt
+        )
         scale_faults = _check_scales(export, kind, quantized)
         faults = [
-            *layers.faults,
+            *layer_faults,
             *_check_routers(export, tensors, module, routers, stored, quantized),
-            *experts.faults,
+            *expert_faults,
             *scale_faults,
         ]
-        weights = _Checked(0, [])
+        compared = 0
         if not scale_faults:
-            weights = _check_weights(export, linears, quantized)
-            faults += weights.faults
+            compared, weight_faults = _check_weights(export, linears, quantized)
+            faults += weight_faults
         if faults:
             raise CheckpointError(export.path, faults)
         return Verification(
@@ -358,16 +362,9 @@ def verify(
             quantized_layers=len(quantized),
             full_precision_layers=len(exempt),
             routers=len(routers),
-            experts=experts.count,
-            compared_weights=weights.count,
+            experts=experts,
+            compared_weights=compared,
         )
-
-
-@dataclass(frozen=True)
-class _Checked:
-    count: int
-    faults: list[str]
-    names: frozenset[str] = frozenset()
 
 
 def _kind(export: Checkpoint) -> Literal["int", "nvfp4"]:
@@ -484,8 +481,11 @@ def _check_layers(
     export: Checkpoint,
     linears: Mapping[str, tuple[str, nn.Linear]],
     quantized: set[str],
-) -> _Checked:
-    """Every linear layer, and every expert on disk, is quantized or exempt."""
+) -> tuple[set[str], list[str]]:
+    """Every linear layer, and every expert on disk, is quantized or exempt.
+
+    Returns the exempt layers and the faults.
+    """
     declared = _declared_full_precision(export)
     plain = {
         name.removesuffix(".weight")
@@ -508,7 +508,7 @@ def _check_layers(
             exempt.add(name)
         else:
             faults.append(f"{name}: expected quantized, but stored in full precision")
-    return _Checked(len(exempt), faults, frozenset(exempt))
+    return exempt, faults
 
 
 def _check_routers(
@@ -565,7 +565,8 @@ def _check_experts(
     routers: tuple[Router, ...],
     stored: _StoredNames,
     layers: set[str],
-) -> _Checked:
+) -> tuple[int, list[str]]:
+    """How many experts there are, and the faults."""
     by_block: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for layer in layers:
         match = re.match(r"^(.+\.experts)\.(\d+)\.(.+)$", layer)
@@ -587,7 +588,7 @@ def _check_experts(
                 faults.append(
                     f"{block}: expert {index} misses {', '.join(sorted(missing))}"
                 )
-    return _Checked(count, faults)
+    return count, faults
 
 
 def _check_scales(
@@ -623,9 +624,7 @@ def _check_scales(
 
 def _group_fault(export: Checkpoint, layer: str) -> str | None:
     """Loaders take the declared group literally, also where it exceeds the layer."""
-    config, own = export.quantization_config, export.own_settings(layer)
-    bits = int(own.get("bits", config["bits"]))
-    group_size = int(own.get("group_size", config["group_size"]))
+    bits, group_size = export.bits_and_group_size(layer)
     in_features = export[f"{layer}.qweight"].shape[0] * 32 // bits
     if group_size <= 0 or in_features % group_size == 0:
         return None
@@ -647,12 +646,15 @@ def _check_weights(
     export: Checkpoint,
     linears: Mapping[str, tuple[str, nn.Linear]],
     quantized: set[str],
-) -> _Checked:
-    """Compare with tuned weights, which AutoRound marks by `bits` on the layer."""
+) -> tuple[int, list[str]]:
+    """Compare with tuned weights, which AutoRound marks by `bits` on the layer.
+
+    Returns how many weights were compared, and the faults.
+    """
     faults: list[str] = []
     compared = 0
     if not any(hasattr(layer, "bits") for _, layer in linears.values()):
-        return _Checked(0, [])  # a full-precision reference
+        return 0, []  # a full-precision reference
     for name in sorted(quantized):
         _, layer = linears.get(name, (name, None))
         if layer is None or not hasattr(layer, "bits"):
@@ -671,4 +673,4 @@ def _check_weights(
                 f"{name}: dequantized weight differs from the tuned one by up to "
                 f"{error:.3g}"
             )
-    return _Checked(compared, faults)
+    return compared, faults
