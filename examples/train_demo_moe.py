@@ -28,7 +28,13 @@ from transformers import (
 )
 
 from vsraq.analysis import compare
-from vsraq.demo.run import HELDOUT_WINDOWS, SEQLEN, load_demo_model, token_windows
+from vsraq.demo.run import (
+    HELDOUT_WINDOWS,
+    SEQLEN,
+    load_demo_model,
+    token_stream,
+    token_windows,
+)
 from vsraq.demo.text import documents
 
 BATCH = 16
@@ -47,13 +53,6 @@ def train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
         pad_token=EOS,
         clean_up_tokenization_spaces=False,
     )
-
-
-def token_stream(tokenizer: PreTrainedTokenizerFast, split: str) -> torch.Tensor:
-    ids: list[int] = []
-    for document in documents(split):
-        ids += tokenizer(document)["input_ids"] + [tokenizer.eos_token_id]
-    return torch.tensor(ids)
 
 
 def build(tokenizer: PreTrainedTokenizerFast) -> SolarOpenForCausalLM:

@@ -66,10 +66,18 @@ def load_tokenizer() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def token_stream(tokenizer: PreTrainedTokenizerBase, split: Split) -> Tensor:
+    """Token ids of one split, (T,), the end token behind each document."""
+    ids: list[int] = []
+    for document in documents(split):
+        ids += [*tokenizer(document)["input_ids"], tokenizer.eos_token_id]
+    return torch.tensor(ids)
+
+
 def token_windows(
     tokenizer: PreTrainedTokenizerBase, split: Split, count: int, seqlen: int = SEQLEN
 ) -> Tensor:
-    """Token ids of one split, documents separated by the end token.
+    """Windows of a split's token stream.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -83,10 +91,8 @@ def token_windows(
     Raises:
         ValueError: The split has fewer tokens than that.
     """
-    ids: list[int] = []
-    for document in documents(split):
-        ids += [*tokenizer(document)["input_ids"], tokenizer.eos_token_id]
-    windows = torch.tensor(ids[: len(ids) // seqlen * seqlen]).view(-1, seqlen)
+    ids = token_stream(tokenizer, split)
+    windows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
     if len(windows) < count:
         raise ValueError(
             f"count={count}: the {split} text of this Python has {len(windows)} "
@@ -113,7 +119,13 @@ def run_demo(output: Path | None = None, *, iters: int = ITERS) -> str:
     heldout = token_windows(tokenizer, "heldout", HELDOUT_WINDOWS).split(BATCH)
     fp_model = load_demo_model()
     rows = [
-        Row("bfloat16", "none", compare(fp_model, fp_model, heldout), 0.0, _size(None))
+        Row(
+            "bfloat16",
+            "none",
+            compare(fp_model, fp_model, heldout),
+            0.0,
+            _size(model_path()),
+        )
     ]
     with _folder(output) as folder:
         for scheme, formats in SCHEMES.items():
@@ -221,8 +233,8 @@ def _folder(output: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _size(path: Path | None) -> float:
-    files = (path or model_path()).glob("*.safetensors")
+def _size(path: Path) -> float:
+    files = path.glob("*.safetensors")
     return sum(file.stat().st_size for file in files) / 2**20
 
 
