@@ -35,11 +35,7 @@ def quantize():
             "scheme": scheme,
             "alg_configs": config,
             "dataset": tiny.calibration() if dataset is None else dataset,
-            "nsamples": 8,
-            "seqlen": tiny.SEQLEN,
-            "batch_size": 4,
-            "device_map": "cpu",
-            "enable_torch_compile": False,  # needs a C++ compiler on the CPU
+            **tiny.RUN,
         } | kwargs
         autoround = AutoRound(model, **arguments)
         quantized, _ = autoround.quantize()

@@ -27,11 +27,7 @@ def quantize(family, folder):
         group_size=32,
         alg_configs=VSRAQConfig(iters=2, router_weight=1.0),
         dataset=dataset,
-        nsamples=8,
-        seqlen=tiny.SEQLEN,
-        batch_size=4,
-        device_map="cpu",
-        enable_torch_compile=False,
+        **tiny.RUN,
     )
     _, exported = autoround.quantize_and_save(str(folder / "out"), format="auto_round")
     return str(source), exported

@@ -275,10 +275,7 @@ def test_a_router_to_be_quantized_is_refused():
         tiny.tiny_tokenizer(),
         alg_configs=VSRAQConfig(iters=2),
         dataset=tiny.calibration(),
-        nsamples=8,
-        seqlen=tiny.SEQLEN,
-        device_map="cpu",
-        enable_torch_compile=False,
+        **tiny.RUN,
     )
     run.post_init()
     gate = run.model_context.model.model.layers[1].mlp.gate
@@ -394,11 +391,7 @@ def block_run(block, config):
         tiny.tiny_tokenizer(),
         scheme="W4A16",
         alg_configs=config,
-        nsamples=8,
-        seqlen=tiny.SEQLEN,
-        batch_size=4,
-        device_map="cpu",
-        enable_torch_compile=False,
+        **tiny.RUN,
         to_quant_block_names=block,
     )
     run.post_init()

@@ -37,11 +37,7 @@ def exports(tmp_path_factory):
             scheme=scheme,
             alg_configs=VSRAQConfig(iters=3, router_weight=1.0),
             dataset=tiny.calibration(),
-            nsamples=8,
-            seqlen=tiny.SEQLEN,
-            batch_size=4,
-            device_map="cpu",
-            enable_torch_compile=False,
+            **tiny.RUN,
             # an int scheme's group of 128 would be wider than these layers
             **({} if scheme == "NVFP4" else {"group_size": 32}),
         )

@@ -64,11 +64,7 @@ KILLED = """
         group_size=32,
         alg_configs=VSRAQConfig(iters=2, router_weight=1.0),
         dataset=sys.argv[2],
-        nsamples=8,
-        seqlen=tiny.SEQLEN,
-        batch_size=4,
-        device_map="cpu",
-        enable_torch_compile=False,
+        **tiny.RUN,
     ).quantize_and_save(sys.argv[3], format="auto_round")
 """
 

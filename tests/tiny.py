@@ -137,6 +137,16 @@ def tiny_tokenizer():
     )
 
 
+# How every tiny model goes through AutoRound; a test adds what it is about.
+RUN = {
+    "nsamples": 8,
+    "seqlen": SEQLEN,
+    "batch_size": 4,
+    "device_map": "cpu",
+    "enable_torch_compile": False,  # needs a C++ compiler on the CPU
+}
+
+
 def in_bfloat16(model):
     """As models are published: everything but the correction bias in bfloat16."""
     biases = {n: b for n, b in model.named_buffers() if "correction_bias" in n}
