@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the small MoE that `vsraq demo` quantizes: Solar-Open architecture, real text.
+"""Train the small MoE models of the demo and of the benchmarks on real text.
 
 Run it from the repository: `python examples/train_demo_moe.py`. It writes the model
 (bfloat16 safetensors, config, tokenizer) and prints the figures that the demo's
 README quotes; `--report` prints them again for the model that is there.
 
+`--architecture` chooses what is trained: `solar_open` (sigmoid router with a correction
+bias, the embedded model, with a tokenizer of its own), or for the benchmarks
+`qwen3_moe` (softmax router) and `nemotron_h` (Mamba, attention and MoE layers), which
+take the embedded model's tokenizer.
+
 Balancing is loss-free (arXiv 2408.15664): the correction bias of an expert rises while
 it gets fewer tokens than the mean, so that the experts which are really selected differ
-from a plain sort of the logits.
+from a plain sort of the logits. A router without that bias is balanced by the auxiliary
+loss of its architecture.
 """
 
 import argparse
@@ -21,10 +27,13 @@ from auto_round import AutoRound
 from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
+    NemotronHConfig,
+    PretrainedConfig,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
     SolarOpenConfig,
-    SolarOpenForCausalLM,
 )
 
 from vsraq.analysis import compare
@@ -32,13 +41,16 @@ from vsraq.demo.run import (
     HELDOUT_WINDOWS,
     SEQLEN,
     load_demo_model,
+    load_tokenizer,
     token_stream,
     token_windows,
 )
 from vsraq.demo.text import documents
+from vsraq.routers import Router, find_routers, router_logits, select_experts
 
 BATCH = 16
 EOS = "<|endoftext|>"
+NO_AUXILIARY = {"output_router_logits": False}
 
 
 def train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
@@ -55,44 +67,82 @@ def train_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     )
 
 
-def build(tokenizer: PreTrainedTokenizerFast) -> SolarOpenForCausalLM:
-    config = SolarOpenConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        moe_intermediate_size=32,
+def build_config(
+    architecture: str, tokenizer: PreTrainedTokenizerFast
+) -> PretrainedConfig:
+    """Six MoE layers of 32 experts, 4 per token, in every architecture."""
+    common = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "moe_intermediate_size": 32,
+        "num_experts_per_tok": 4,
+        "max_position_embeddings": 1024,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    rope = {"rope_type": "default", "rope_theta": 10_000.0}
+    if architecture == "solar_open":
+        return SolarOpenConfig(
+            **common,
+            num_hidden_layers=6,
+            n_routed_experts=32,
+            n_shared_experts=1,
+            rope_parameters=rope,
+        )
+    if architecture == "qwen3_moe":
+        return Qwen3MoeConfig(
+            **common,
+            num_hidden_layers=6,
+            num_experts=32,
+            intermediate_size=128,
+            norm_topk_prob=True,
+            output_router_logits=True,
+            router_aux_loss_coef=0.01,
+            rope_parameters=rope,
+        )
+    mamba, moe, attention = "linear_attention", "moe", "full_attention"
+    return NemotronHConfig(
+        **common,
+        layers_block_type=[mamba, moe, mamba, moe, attention, moe] * 2,
+        intermediate_size=128,
         n_routed_experts=32,
         n_shared_experts=1,
-        num_experts_per_tok=4,
-        max_position_embeddings=1024,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        moe_shared_expert_intermediate_size=32,
+        mamba_num_heads=8,
+        mamba_head_dim=32,
+        ssm_state_size=28,  # in_proj then has 576 rows; AutoRound asks for 32 n
+        n_groups=1,
+        chunk_size=32,
     )
-    return SolarOpenForCausalLM(config)
 
 
 class LoadBalancer:
     """Counts tokens per expert and moves each correction bias against the load."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.gates = [layer.mlp.gate for layer in model.model.layers]
-        self.counts = [torch.zeros(gate.num_experts) for gate in self.gates]
-        for gate, count in zip(self.gates, self.counts, strict=True):
-            gate.register_forward_hook(partial(self._count, count))
+        routers = find_routers(model)
+        self.gates = [model.get_submodule(router.name) for router in routers]
+        device = next(model.parameters()).device
+        self.counts = [torch.zeros(r.num_experts, device=device) for r in routers]
+        for gate, router, count in zip(self.gates, routers, self.counts, strict=True):
+            gate.register_forward_pre_hook(partial(self._count, router, count))
 
     @staticmethod
-    def _count(count: torch.Tensor, _gate, _inputs, output) -> None:
-        count += torch.bincount(output[2].flatten(), minlength=len(count))
+    @torch.no_grad()
+    def _count(router: Router, count: torch.Tensor, gate: nn.Module, inputs) -> None:
+        bias = getattr(gate, router.correction_bias) if router.correction_bias else None
+        chosen = select_experts(router, router_logits(gate, inputs[0]), bias)
+        count += torch.bincount(chosen.flatten(), minlength=len(count))
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
         for gate, count in zip(self.gates, self.counts, strict=True):
-            gate.e_score_correction_bias += rate * (count.mean() - count).sign()
+            if hasattr(gate, "e_score_correction_bias"):
+                gate.e_score_correction_bias += rate * (count.mean() - count).sign()
             count.zero_()
 
 
@@ -100,19 +150,34 @@ def nll(model: nn.Module, windows: torch.Tensor) -> float:
     """Mean next-token negative log-likelihood (nats) over (N, SEQLEN) windows."""
     model.eval()
     with torch.no_grad():
-        losses = [model(ids, labels=ids).loss.item() for ids in windows.split(BATCH)]
+        losses = [
+            model(ids, labels=ids, **NO_AUXILIARY).loss.item()
+            for ids in windows.split(BATCH)
+        ]
     model.train()
     weights = [len(ids) for ids in windows.split(BATCH)]
     return sum(x * w for x, w in zip(losses, weights, strict=True)) / sum(weights)
 
 
-def train(output: Path, steps: int, peak_lr: float, vocab_size: int, seed: int) -> None:
+def train(
+    architecture: str,
+    output: Path,
+    steps: int,
+    peak_lr: float,
+    vocab_size: int,
+    seed: int,
+    device: str,
+) -> None:
     torch.manual_seed(seed)
-    tokenizer = train_tokenizer(vocab_size)
-    stream = token_stream(tokenizer, "train")
-    monitor = token_stream(tokenizer, "calibration")
+    if architecture == "solar_open":
+        tokenizer = train_tokenizer(vocab_size)
+    else:
+        tokenizer = load_tokenizer()
+    stream = token_stream(tokenizer, "train").to(device)
+    monitor = token_stream(tokenizer, "calibration").to(device)
     monitor = monitor[: 32 * SEQLEN].view(-1, SEQLEN)
-    model = build(tokenizer)
+    config = build_config(architecture, tokenizer)
+    model = AutoModelForCausalLM.from_config(config).to(device)
     balancer = LoadBalancer(model)
     matrices = [p for p in model.parameters() if p.ndim > 1]
     gains = [p for p in model.parameters() if p.ndim <= 1]
@@ -146,9 +211,11 @@ def train(output: Path, steps: int, peak_lr: float, vocab_size: int, seed: int) 
                 flush=True,
             )
     model.to(torch.bfloat16)
-    for gate in balancer.gates:  # the one tensor that the architecture keeps in float32
-        gate.e_score_correction_bias = gate.e_score_correction_bias.float()
-    model.save_pretrained(output)
+    for gate in balancer.gates:  # the one tensor that the architectures keep in float32
+        if hasattr(gate, "e_score_correction_bias"):
+            gate.e_score_correction_bias = gate.e_score_correction_bias.float()
+    model.config.output_router_logits = False
+    model.cpu().save_pretrained(output)
     tokenizer.save_pretrained(output)
     print(f"trained in {time.monotonic() - started:.0f} s, saved to {output}")
 
@@ -187,7 +254,10 @@ def report(path: Path) -> None:
     rounded, _ = rounded.quantize()
     shifted = compare(rounded, model, heldout.split(BATCH))
     size = sum(file.stat().st_size for file in path.iterdir())
-    bias = [layer.mlp.gate.e_score_correction_bias for layer in model.model.layers]
+    bias = [
+        getattr(module, "e_score_correction_bias", torch.zeros(1))
+        for module in map(model.get_submodule, [r.name for r in find_routers(model)])
+    ]
     spread = max(b.max().item() - b.min().item() for b in bias)
     print(f"held-out perplexity              {own.perplexity:.2f}")
     print(f"unigram perplexity               {unigram:.1f}")
@@ -207,13 +277,21 @@ if __name__ == "__main__":
     parser.add_argument("--vocab-size", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--report", action="store_true", help="figures only")
+    parser.add_argument(
+        "--architecture",
+        default="solar_open",
+        choices=["solar_open", "qwen3_moe", "nemotron_h"],
+    )
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
     if not arguments.report:
         train(
+            arguments.architecture,
             arguments.output,
             arguments.steps,
             arguments.lr,
             arguments.vocab_size,
             arguments.seed,
+            arguments.device,
         )
     report(arguments.output)

@@ -18,15 +18,12 @@ from vsraq.checkpoint import CheckpointError, verify
 
 def quantize(family, folder):
     source = tiny.save(family, folder / "model")
-    dataset = tiny.calibration()
-    if family == "nemotron_h":  # see test_families.py
-        dataset = tiny.save_text(folder / "text.jsonl")
     autoround = AutoRound(
         str(source),
         scheme="W4A16",
         group_size=32,
-        alg_configs=VSRAQConfig(iters=2, router_weight=1.0),
-        dataset=dataset,
+        alg_configs=VSRAQConfig(iters=2, router_weight=1.0, next_router_weight=0.1),
+        dataset=tiny.calibration(),
         **tiny.RUN,
     )
     _, exported = autoround.quantize_and_save(str(folder / "out"), format="auto_round")

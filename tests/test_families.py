@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import tiny
-from test_autoround import block_lines
+from tiny import block_lines
 from vsraq import VSRAQConfig
 from vsraq.routers import find_routers
 
@@ -21,18 +21,14 @@ NO_REACH = {"nemotron_h"}
 
 
 @pytest.mark.parametrize("family", tiny.MOE_FAMILIES)
-def test_in_memory(family, quantize, vsraq_log, tmp_path):
+def test_in_memory(family, quantize, vsraq_log):
     model = tiny.tiny_model(family)
     before = {
         r.name: model.get_submodule(r.name).weight.detach().clone()
         for r in find_routers(model)
     }
-    # AutoRound hands every block of a hybrid the first block's attention mask, so a
-    # hybrid needs calibration text without one: a file, not tensors.
-    hybrid = family == "nemotron_h"
-    dataset = tiny.save_text(tmp_path / "text.jsonl") if hybrid else None
-    config = VSRAQConfig(iters=2, router_weight=1.0)
-    _, quantized = quantize(model, config, dataset=dataset, group_size=32)
+    config = VSRAQConfig(iters=2, router_weight=1.0, next_router_weight=0.1)
+    _, quantized = quantize(model, config, group_size=32)
     check_log(family, vsraq_log)
     routers = find_routers(quantized)
     assert [r.name for r in routers] == list(before)
@@ -45,11 +41,21 @@ def test_in_memory(family, quantize, vsraq_log, tmp_path):
 
 def check_log(family, messages):
     lines = block_lines(messages)
-    assert len(lines) == tiny.MOE_LAYERS[family]
-    for line in lines:
+    own = [line for line in lines if line["reached"] is not None]
+    assert len(own) == tiny.MOE_LAYERS[family]
+    for line in own:
         assert (line["reached"] == "0") == (family in NO_REACH)
     warnings = [m for m in messages if "reaches no quantized layer" in m]
-    assert len(warnings) == (len(lines) if family in NO_REACH else 0)
+    assert len(warnings) == (len(own) if family in NO_REACH else 0)
+    # Every block but the last has a MoE router behind it, and all that it quantizes
+    # stands before that one.
+    following = [line for line in lines if line["next_reached"] is not None]
+    blocks = tiny.BLOCKS[family]
+    assert [line["block"] for line in following] == [
+        f"model.layers.{index}" for index in range(blocks - 1)
+    ]
+    for line in following:
+        assert line["next_reached"] == line["next_quantized"] != "0"
 
 
 # AutoRound 0.16.1 cannot stream these checkpoints from disk: it misses the renaming

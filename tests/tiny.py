@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+import re
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -115,11 +116,15 @@ CONFIGS = {
 }
 MOE_FAMILIES = [name for name in CONFIGS if name != "llama"]
 MOE_LAYERS = {name: 2 for name in MOE_FAMILIES}
+BLOCKS = MOE_LAYERS | {"glm4_moe": 3, "deepseek_v3": 3, "nemotron_h": 4}
 
 
-def tiny_model(family, seed=0):
+def tiny_model(family, seed=0, **overrides):
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family]()).eval()
+    config = CONFIGS[family]()
+    for name, value in overrides.items():
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_config(config).eval()
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.copy_(torch.randn_like(buffer) * 0.1)
@@ -179,6 +184,30 @@ def save_text(path, samples=16):
             text = "".join(chr(generator.randrange(33, 127)) for _ in range(SEQLEN * 2))
             file.write(json.dumps({"text": text}) + "\n")
     return str(path)
+
+
+_TERM = r"(?P<{0}0>\S+) -> (?P<{0}1>\S+)"
+_REACH = (
+    r"\(weight (?P<{0}>\S+), reaches (?P<{1}>\d+) of (?P<{2}>\d+) quantized layers\)"
+)
+BLOCK_LINE = re.compile(
+    r"vsraq: (?P<block>\S+): iter 0 -> (?P<best>\d+): reconstruction "
+    + _TERM.format("r")
+    + r"(, router "
+    + _TERM.format("z")
+    + " "
+    + _REACH.format("weight", "reached", "quantized")
+    + r")?(, next router "
+    + _TERM.format("n")
+    + " "
+    + _REACH.format("next_weight", "next_reached", "next_quantized")
+    + ")?$"
+)
+
+
+def block_lines(messages):
+    """What the log says of each block, by name."""
+    return [match.groupdict() for m in messages if (match := BLOCK_LINE.match(m))]
 
 
 class LogLines(logging.Handler):

@@ -41,6 +41,46 @@ def _record_input(
     getattr(module, _INPUTS).append(_input(args, kwargs))
 
 
+class _RouterReachedError(Exception):
+    """Ends a forward pass at the router; never leaves this file."""
+
+    def __init__(self, hidden_states: Tensor) -> None:
+        super().__init__()
+        self.hidden_states = hidden_states
+
+
+def _stop_at_router(
+    _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    raise _RouterReachedError(_input(args, kwargs))
+
+
+def router_input(router: nn.Module, forward: Callable[[], object]) -> Tensor:
+    """Run a forward pass up to a router, and no further: no expert is computed.
+
+    Args:
+        router: The router module.
+        forward: Runs the module that holds it, in eager mode.
+
+    Returns:
+        The router's input, (..., H), attached to the graph.
+
+    Raises:
+        RuntimeError: The pass ended without calling the router.
+    """
+    handle = router.register_forward_pre_hook(_stop_at_router, with_kwargs=True)
+    try:
+        forward()
+    except _RouterReachedError as reached:
+        return reached.hidden_states
+    finally:
+        handle.remove()
+    raise RuntimeError(
+        f"{type(router).__name__} was not called by the forward pass that should reach "
+        "it: another block holds it, or its weight is used without calling the module"
+    )
+
+
 class RouterCapture(Generic[Kept]):
     """A context manager that keeps something of every router call.
 

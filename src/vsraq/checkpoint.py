@@ -62,7 +62,10 @@ class Verification:
         kind: How the quantized weights are stored.
         quantized_layers: Layers with quantized weights.
         full_precision_layers: Linear layers that the export declares unquantized.
-        routers: Routers found in full precision and equal to the reference.
+        routers: Routers found in full precision, equal to the reference or re-fitted.
+        realigned_routers: Those among them that differ from a full-precision
+            reference, in an export whose config says that routers were re-fitted. A
+            tuned reference must hold the same ones, so then this is 0.
         experts: Experts found, over all layers.
         compared_weights: Dequantized weights found equal to the tuned ones; 0 if the
             reference holds no tuned weights.
@@ -72,6 +75,7 @@ class Verification:
     quantized_layers: int
     full_precision_layers: int
     routers: int
+    realigned_routers: int
     experts: int
     compared_weights: int
 
@@ -156,6 +160,11 @@ class Checkpoint:
                 "allowed is a quantized export"
             )
         return config
+
+    @property
+    def realigned(self) -> bool:
+        """Whether the export's config says that its routers were re-fitted."""
+        return bool((self.config.get("vsraq") or {}).get("realign_routers"))
 
     def quantized_layers(self) -> tuple[str, ...]:
         """Names of the layers whose weight is stored quantized, in file order."""
@@ -297,7 +306,9 @@ def verify(
 
     Checked are: every expected layer is quantized (or declared full precision in the
     export's config) in groups that divide it, every router is there in full precision
-    and equal to the reference's, all experts of every MoE layer are there and
+    and equal to the reference's (its weight may differ from a full-precision
+    reference's if the export's config says that routers were re-fitted, as
+    `realign_routers` writes it), all experts of every MoE layer are there and
     complete, every scale
     (`scales`, `weight_scale`, `weight_global_scale`, `input_global_scale`) is there,
     finite and non-zero, and, if the reference holds the tuned weights, the dequantized
@@ -345,9 +356,19 @@ def verify(
             module, routers, stored, quantized | exempt
         )
         scale_faults = _check_scales(export, kind, quantized)
+        tuned = any(hasattr(layer, "bits") for _, layer in linears.values())
+        realigned, router_faults = _check_routers(
+            export,
+            tensors,
+            module,
+            routers,
+            stored,
+            quantized,
+            may_differ=export.realigned and not tuned,
+        )
         faults = [
             *layer_faults,
-            *_check_routers(export, tensors, module, routers, stored, quantized),
+            *router_faults,
             *expert_faults,
             *scale_faults,
         ]
@@ -362,6 +383,7 @@ def verify(
             quantized_layers=len(quantized),
             full_precision_layers=len(exempt),
             routers=len(routers),
+            realigned_routers=realigned,
             experts=experts,
             compared_weights=compared,
         )
@@ -518,8 +540,12 @@ def _check_routers(
     routers: tuple[Router, ...],
     stored: _StoredNames,
     quantized: set[str],
-) -> list[str]:
+    *,
+    may_differ: bool,
+) -> tuple[int, list[str]]:
+    """Returns how many routers were re-fitted, and the faults."""
     faults = []
+    realigned = 0
     for router in routers:
         for suffix in module.get_submodule(router.name).state_dict():
             own_name = f"{router.name}.{suffix}"
@@ -538,12 +564,23 @@ def _check_routers(
             exported, expected = export[name], tensors[key]
             if exported.dtype not in _FULL_PRECISION:
                 faults.append(f"{name}: dtype {exported.dtype} is not full precision")
-            elif not torch.equal(exported.float(), expected.detach().cpu().float()):
+            elif torch.equal(exported.float(), expected.detach().cpu().float()):
+                pass
+            elif may_differ and suffix == "weight":
+                realigned += 1
+                if exported.shape != expected.shape or exported.dtype != expected.dtype:
+                    faults.append(
+                        f"{name}: {exported.dtype} {tuple(exported.shape)}, the "
+                        f"reference's is {expected.dtype} {tuple(expected.shape)}"
+                    )
+                elif not torch.isfinite(exported).all():
+                    faults.append(f"{name}: a re-fitted router is not finite")
+            else:
                 faults.append(
                     f"{name}: differs from the reference's router ({exported.dtype} "
                     f"here, {expected.dtype} there)"
                 )
-    return faults
+    return realigned, faults
 
 
 def _projections(module: nn.Module, router: Router) -> set[str]:

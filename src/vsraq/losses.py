@@ -43,6 +43,20 @@ class RankedLogits:
             self.values.to(device), self.indices.to(device), self.num_experts
         )
 
+    def logits(self) -> Tensor:
+        """The logits in the order of the experts, (..., E), if all ranks were kept.
+
+        Raises:
+            ValueError: Only the first ranks were kept.
+        """
+        if self.values.shape[-1] != self.num_experts:
+            raise ValueError(
+                f"ranks={self.values.shape[-1]}: the logits of all {self.num_experts} "
+                "experts need all ranks; keep them with rank_logits(fp_logits)"
+            )
+        index = self.indices.long()
+        return torch.empty_like(self.values).scatter_(-1, index, self.values)
+
 
 FpLogits: TypeAlias = Tensor | RankedLogits
 TokenLoss: TypeAlias = Callable[..., Tensor]

@@ -9,7 +9,7 @@ and some AutoRound loaders use `nn.Linear`. Names say nothing: `gate_proj` and
 `shared_expert_gate` are no routers.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -179,6 +179,30 @@ def select_experts(
         allowed.scatter_(-1, chosen, True)
         scores = grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).flatten(-2)
     return scores.topk(router.top_k, dim=-1).indices
+
+
+def expert_containers(module: nn.Module, routers: Iterable[Router]) -> tuple[str, ...]:
+    """The modules that hold the experts which routers choose from.
+
+    Args:
+        module: The module that the routers were found in.
+        routers: Its routers.
+
+    Returns:
+        Qualified names, in module order.
+    """
+    sizes = {router.name: router.num_experts for router in routers}
+    names = []
+    for parent_name, parent in module.named_modules():
+        prefix = f"{parent_name}." if parent_name else ""
+        beside = {size for name, size in sizes.items() if name.startswith(prefix)}
+        for child_name, child in parent.named_children():
+            # decoder layers are numbered modules of one class too
+            if _count_experts(child) in beside and not any(
+                name.startswith(f"{prefix}{child_name}.") for name in sizes
+            ):
+                names.append(f"{prefix}{child_name}")
+    return tuple(names)
 
 
 def _experts_beside(parent: nn.Module) -> int | None:

@@ -6,7 +6,11 @@ from typing import Any, Literal
 
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 
+from vsraq.autoround.terms import Weight
 from vsraq.objectives import Objective, get_objective
+
+DEFAULT_LOOKAHEAD = 2
+DEFAULT_AUTO_RATIO = 0.1
 
 _HYPERPARAMETERS = (
     "multiplier",
@@ -25,15 +29,30 @@ _HYPERPARAMETERS = (
 class VSRAQConfig(SignRoundConfig):
     """Block-wise tuning whose loss also keeps the routing.
 
-    The block loss becomes reconstruction + router_weight * router loss (VSRAQ Eq. 3),
-    the router loss being the mean over the block's routers and the valid tokens.
-    Everything else is AutoRound's: every argument of `SignRoundConfig` is accepted.
+    The block loss becomes reconstruction + router_weight * router loss (VSRAQ Eq. 3)
+    + next_router_weight * loss of the next MoE router, each router loss being the mean
+    over its routers and the valid tokens. With `realign_routers`, each router is then
+    re-fitted in closed form to what reaches it. Everything else is AutoRound's: every
+    argument of `SignRoundConfig` is accepted.
+
+    A block's own router sees only what stands before it, attention; the next router
+    sees the block's experts too.
 
     Args:
         objective: A name from `vsraq.OBJECTIVES`, or a `vsraq.Objective`.
-        router_weight: lambda >= 0; 0 is AutoRound's own algorithm, bit for bit. VSRAQ
-            uses 0.01 (Solar-Open-100B) and 0.1 (Nemotron-3-Nano); the two losses have
-            no common scale, so a small model can need far more.
+        router_weight: lambda >= 0, or "auto". VSRAQ uses 0.01 (Solar-Open-100B) and
+            0.1 (Nemotron-3-Nano); the losses have no common scale, so "auto" balances
+            them per block: auto_ratio times the ratio of the reconstruction gradient
+            to the router gradient (sums of magnitudes over the tuned parameters that
+            the router loss reaches, before the first step).
+        next_router_weight: The same for the next MoE router.
+        next_router_objective: Its objective; None takes `objective` as it is.
+        lookahead: How many of the following blocks may be run to reach the next
+            router; None is 2.
+        auto_ratio: How strong an "auto" weight is; None is 0.1.
+        realign_routers: Re-fit each router after its block is tuned.
+        realign_ridge: Ridge of the re-fit, as a fraction of the mean diagonal of
+            X^T X; None is 1e-3.
         multiplier: Of `topk_mse`: how many times K ranks count, or "all".
         boundary: Of `vsraq`, `margin` and `pairwise_margin`: b.
         alpha: Of `vsraq`: share of the sigmoid-aware term.
@@ -46,7 +65,8 @@ class VSRAQConfig(SignRoundConfig):
         top_m: Of `router_kl`: ranks that take part.
         **kwargs: Arguments of `SignRoundConfig` (`iters`, `lr`, `nblocks`, ...).
 
-    None leaves a hyper-parameter at the objective's own default.
+    None leaves a hyper-parameter at the objective's own default. With both weights 0
+    and no re-fit, the result is AutoRound's own, bit for bit.
 
     Raises:
         ValueError: A value is not allowed, the objective has no such hyper-parameter,
@@ -58,7 +78,13 @@ class VSRAQConfig(SignRoundConfig):
         self,
         *,
         objective: str | Objective = "vsraq",
-        router_weight: float = 0.01,
+        router_weight: Weight = 0.01,
+        next_router_weight: Weight = 0.0,
+        next_router_objective: str | Objective | None = None,
+        lookahead: int | None = None,
+        auto_ratio: float | None = None,
+        realign_routers: bool = False,
+        realign_ridge: float | None = None,
         multiplier: int | Literal["all"] | None = None,
         boundary: int | None = None,
         alpha: float | None = None,
@@ -81,6 +107,12 @@ class VSRAQConfig(SignRoundConfig):
         super().__init__(**kwargs)
         self.objective = objective
         self.router_weight = router_weight
+        self.next_router_weight = next_router_weight
+        self.next_router_objective = next_router_objective
+        self.lookahead = lookahead
+        self.auto_ratio = auto_ratio
+        self.realign_routers = realign_routers
+        self.realign_ridge = realign_ridge
         self.multiplier = multiplier
         self.boundary = boundary
         self.alpha = alpha
@@ -106,6 +138,16 @@ class VSRAQConfig(SignRoundConfig):
         }
         return get_objective(self.objective, **given)
 
+    def resolve_next_objective(self) -> Objective:
+        """The objective of the next router.
+
+        Raises:
+            ValueError: The name, a hyper-parameter or its value is not allowed.
+        """
+        if self.next_router_objective is None:
+            return self.resolve_objective()
+        return get_objective(self.next_router_objective)
+
     def check_alignment(self) -> None:
         """Check everything that this class adds to `SignRoundConfig`.
 
@@ -116,20 +158,21 @@ class VSRAQConfig(SignRoundConfig):
             ValueError: Something is not allowed.
         """
         self.resolve_objective()
-        weight = self.router_weight
-        if (
-            isinstance(weight, bool)
-            or not isinstance(weight, int | float)
-            or not math.isfinite(weight)
-            or weight < 0
-        ):
-            raise ValueError(
-                f"router_weight={weight!r}: allowed is a finite number >= 0"
-            )
+        self.resolve_next_objective()
+        self._check_weights()
+        self._check_without_effect()
         for name in ("nblocks", "gradient_accumulate_steps"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: allowed is an int >= 1")
+        if self.lookahead is not None and (
+            not isinstance(self.lookahead, int) or self.lookahead < 1
+        ):
+            raise ValueError(f"lookahead={self.lookahead!r}: allowed is an int >= 1")
+        if not isinstance(self.realign_routers, bool):
+            raise ValueError(
+                f"realign_routers={self.realign_routers!r}: allowed is True or False"
+            )
         if self.enable_lfq:
             raise ValueError(
                 "enable_lfq=True: it replaces the loss of the last block and so drops "
@@ -141,7 +184,45 @@ class VSRAQConfig(SignRoundConfig):
                 "that is both; allowed is one of them"
             )
 
+    def _check_weights(self) -> None:
+        for name in ("router_weight", "next_router_weight"):
+            weight = getattr(self, name)
+            if weight != "auto" and not _is_number(weight, at_least_zero=True):
+                raise ValueError(
+                    f'{name}={weight!r}: allowed is a finite number >= 0, or "auto"'
+                )
+        for name in ("auto_ratio", "realign_ridge"):
+            value = getattr(self, name)
+            if value is not None and not _is_number(value, at_least_zero=False):
+                raise ValueError(f"{name}={value!r}: allowed is a finite number > 0")
+
+    def _check_without_effect(self) -> None:
+        """Refuse options that would change nothing."""
+        weights = (self.router_weight, self.next_router_weight)
+        next_router = self.next_router_weight != 0
+        for name, has_effect, needed in (
+            ("next_router_objective", next_router, "a next_router_weight"),
+            ("lookahead", next_router, "a next_router_weight"),
+            ("auto_ratio", "auto" in weights, 'a weight of "auto"'),
+            ("realign_ridge", self.realign_routers, "realign_routers=True"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not has_effect:
+                raise ValueError(
+                    f"{name}={value!r}: it has no effect without {needed}; pass that "
+                    f"too, or leave {name} out"
+                )
+
     def check_config(self) -> None:
         """AutoRound's check of a configuration, plus `check_alignment`."""
         super().check_config()
         self.check_alignment()
+
+
+def _is_number(value: object, *, at_least_zero: bool) -> bool:
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and (value > 0 or (at_least_zero and value == 0))
+    )

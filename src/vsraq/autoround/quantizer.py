@@ -7,11 +7,9 @@ Seams of AutoRound 0.16 used here, each pinned by a contract test: `prepare_run`
 """
 
 import logging
-import math
 import re
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,15 +20,38 @@ from auto_round.algorithms.quantization.sign_roundv2.quantizer import (
     SignRoundV2Quantizer,
 )
 from auto_round.algorithms.registry import register_pipeline_member
-from auto_round.utils import check_to_quantized
-from auto_round.wrapper import WrapperLinear
+from auto_round.utils import check_to_quantized, get_block_names
 from torch import Tensor, nn
 
-from vsraq.autoround.config import VSRAQConfig
+from vsraq.autoround.balance import balance_terms
+from vsraq.autoround.config import (
+    DEFAULT_AUTO_RATIO,
+    DEFAULT_LOOKAHEAD,
+    VSRAQConfig,
+)
+from vsraq.autoround.hybrids import adapt_attention_mask
+from vsraq.autoround.next_router import (
+    NextRouter,
+    find_next_router,
+    load_without_experts,
+)
 from vsraq.autoround.resume_guard import guard_resume
-from vsraq.capture import RouterCapture
-from vsraq.losses import RankedLogits, rank_logits, reduce_tokens
-from vsraq.routers import Router, declared_router_classes, find_routers
+from vsraq.autoround.terms import (
+    NEXT_ROUTER,
+    OWN_ROUTER,
+    BlockRun,
+    RouterTerm,
+    split_samples,
+)
+from vsraq.capture import RouterCapture, router_input
+from vsraq.losses import RankedLogits, rank_logits
+from vsraq.realignment import DEFAULT_RIDGE, refit_router
+from vsraq.routers import (
+    Router,
+    declared_router_classes,
+    expert_containers,
+    find_routers,
+)
 
 if TYPE_CHECKING:
     from auto_round.algorithms.composer import AlgorithmComposer
@@ -65,60 +86,6 @@ class _CaptureHandle:
         self.remove()
 
 
-@dataclass
-class _Losses:
-    """Sums over the micro-batches of one iteration."""
-
-    reconstruction: Tensor | float = 0.0
-    router: Tensor | float = 0.0
-    total: Tensor | float = 0.0
-    valid_tokens: Tensor | float = 0.0
-    batches: int = 0
-
-    def mean(self) -> tuple[float, float]:
-        count = max(self.batches, 1)
-        return float(self.reconstruction) / count, float(self.router) / count
-
-    def selection_value(self) -> float:
-        """What AutoRound compares to find the best iteration, up to a constant."""
-        return float(self.total) / max(float(self.valid_tokens), 1.0)
-
-
-@dataclass
-class _BlockRun:
-    """The state of the block that is being tuned."""
-
-    name: str
-    block: nn.Module
-    inputs: Any
-    input_others: dict[str, Any]
-    keep_best: bool
-    q_capture: RouterCapture[Tensor]
-    fp_ranks: dict[str, list[RankedLogits]]  # router -> one entry per sample
-    iteration: int = 0
-    current: _Losses = field(default_factory=_Losses)
-    first: tuple[float, float] | None = None
-    best: tuple[float, float] = (math.nan, math.nan)
-    best_value: float = math.inf
-    best_iteration: int = 0
-    sample: int | None = None  # one that the audit may run again
-    reached: int = 0
-    quantized: int = 0
-    reaches_something: bool = False
-
-    def finish_iteration(self) -> None:
-        if self.current.batches == 0:
-            return
-        mean, value = self.current.mean(), self.current.selection_value()
-        if self.first is None:
-            self.first = mean
-        if value < self.best_value or not self.keep_best:
-            self.best, self.best_value = mean, value
-            self.best_iteration = self.iteration
-        self.current = _Losses()
-        self.iteration += 1
-
-
 @register_pipeline_member(VSRAQConfig)
 class VSRAQQuantizer(SignRoundQuantizer):
     """SignRound with the router term; its variants follow the config's switches."""
@@ -137,21 +104,27 @@ class VSRAQQuantizer(SignRoundQuantizer):
         config.check_alignment()
         super().__init__(config)
         self._objective = config.resolve_objective()
+        self._next_objective = config.resolve_next_objective()
+        self._orchestrator: Any = None
+        self._routers: dict[str, Router] = {}
         self._seed: int | None = None
         self._layer_config: Any = None
         self._router_classes: tuple[type, ...] = ()
         self._fp_capture: RouterCapture[RankedLogits] | None = None
-        self._run: _BlockRun | None = None
+        self._run: BlockRun | None = None
 
     @property
-    def _aligns(self) -> bool:
-        return self.config.router_weight > 0
+    def _reads_routers(self) -> bool:
+        config = self.config
+        weights = (config.router_weight, config.next_router_weight)
+        return any(weight != 0 for weight in weights) or config.realign_routers
 
     # ── Run ──────────────────────────────────────────────────────────────────
 
     def bind(self, orchestrator: Any) -> None:
         """Take what the run context of AutoRound does not carry."""
         super().bind(orchestrator)
+        self._orchestrator = orchestrator
         self._seed = getattr(orchestrator, "seed", None)
         self._layer_config = getattr(orchestrator, "layer_config", None)
         # AutoRound 0.16 stores nblocks on the config and never reads it from there.
@@ -163,6 +136,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
         own = {k: v for k, v in vars(self.config).items() if not k.startswith("_")}
         own |= {
             "objective": self._objective,
+            "next_router_objective": self._next_objective,
             "seed": self._seed,
             "batch_size": self.calibration_context.batch_size,
             "layer_config": self._layer_config,
@@ -185,7 +159,11 @@ class VSRAQQuantizer(SignRoundQuantizer):
         super().prepare_run(composer=composer)
         if envs.AR_RESUME_DIR:
             guard_resume(envs.AR_RESUME_DIR, self._settings(composer))
-        if not self._aligns:
+        for block_names in get_block_names(self.model):
+            cached = (self._orchestrator.inputs or {}).get(block_names[0])
+            if cached is not None:
+                adapt_attention_mask(self.model, block_names, cached)
+        if not self._reads_routers:
             return
         self._router_classes = declared_router_classes(self.model)
         routers = find_routers(self.model)
@@ -197,6 +175,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
             )
         for router in routers:
             self._check_router(router)
+        self._routers = {router.name: router for router in routers}
         if self.compress_context.enable_torch_compile:
             # Code compiled for an earlier run of this process knows no router hook,
             # and torch.compile does not look whether there is one.
@@ -206,11 +185,67 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 f"batch_dim={self.calibration_context.batch_dim}: allowed is 0, hidden "
                 "states of shape (batch, sequence, hidden)"
             )
+        if self.config.next_router_weight != 0:
+            self._check_next_router(composer)
+        elif self.config.router_weight != 0:
+            self._warn_if_out_of_reach()
+        if self.config.realign_routers and hasattr(self.model, "config"):
+            # travels with the export, so that `verify` expects other routers
+            self.model.config.vsraq = {"realign_routers": True}
         logger.info(
-            "vsraq: %d routers, router_weight=%s, objective %s",
+            "vsraq: %d routers; router_weight=%s, objective %s; next_router_weight=%s, "
+            "objective %s; realign_routers=%s",
             len(routers),
             self.config.router_weight,
             self._objective,
+            self.config.next_router_weight,
+            self._next_objective,
+            self.config.realign_routers,
+        )
+
+    def _check_next_router(self, composer: "AlgorithmComposer | None") -> None:
+        refused = f"next_router_weight={self.config.next_router_weight}: "
+        if composer is not None and composer.has_layerwise_rotation:
+            raise NotImplementedError(
+                f"{refused}with layer-wise rotation the next block is not rotated yet "
+                "while this one is tuned; allowed is 0, or a rotation of the whole "
+                "model (layerwise=False)"
+            )
+        if self._orchestrator.has_variable_block_shape:
+            raise NotImplementedError(
+                f"{refused}every block of {type(self.model).__name__} takes arguments "
+                "of its own, and AutoRound has not cached the next block's while this "
+                "one is tuned; allowed is 0"
+            )
+
+    def _warn_if_out_of_reach(self) -> None:
+        """Say before hours are spent that no block's router can be aligned."""
+        for group in get_block_names(self.model):
+            for name in group:
+                for router in self._routers.values():
+                    if router.name.startswith(f"{name}.") and self._reachable(
+                        name, router
+                    ):
+                        return
+        logger.warning(
+            "vsraq: router_weight=%s: in no MoE block of %s does a quantized layer "
+            "stand before the router, so the router loss tunes nothing, and the run "
+            'equals AutoRound\'s own; pass next_router_weight="auto", which reaches '
+            "the layers before a MoE block and its experts",
+            self.config.router_weight,
+            type(self.model).__name__,
+        )
+
+    def _reachable(self, block_name: str, router: Router) -> bool:
+        """Whether the block quantizes a layer outside the router's MoE layer."""
+        containers = expert_containers(self.model, [router])
+        moe_layers = {name.rpartition(".")[0] for name in containers}
+        block = self.model.get_submodule(block_name)
+        return any(
+            check_to_quantized(module)
+            and not any(f"{block_name}.{name}".startswith(f"{m}.") for m in moe_layers)
+            for name, module in block.named_modules()
+            if isinstance(module, nn.Linear)
         )
 
     def _check_router(self, router: Router) -> None:
@@ -219,12 +254,13 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 f"router {router.name}: it is among the layers to quantize; allowed "
                 f"are routers in full precision, so pass ignore_layers={router.name!r}"
             )
-        ranks = self._objective.ranks(router.top_k, router.num_experts)
-        if not max(router.top_k, 1) <= router.num_experts >= ranks:
-            raise ValueError(
-                f"objective {self._objective} reads {ranks} ranks of router "
-                f"{router.name}: allowed is 1 to its {router.num_experts} experts"
-            )
+        for objective in (self._objective, self._next_objective):
+            ranks = objective.ranks(router.top_k, router.num_experts)
+            if not max(router.top_k, 1) <= router.num_experts >= ranks:
+                raise ValueError(
+                    f"objective {objective} reads {ranks} ranks of router "
+                    f"{router.name}: allowed is 1 to its {router.num_experts} experts"
+                )
 
     def finalize_run(self) -> None:
         """Drop what a run left behind; safe to call twice."""
@@ -239,13 +275,13 @@ class VSRAQQuantizer(SignRoundQuantizer):
         handles = super().register_fp_input_forward_hooks(block)
         self._drop_fp_capture()
         routers = self._routers_of(block)
-        if routers:
+        if routers and (self.config.router_weight != 0 or self.config.realign_routers):
             self._fp_capture = self._open_fp_capture(block, routers)
             handles.append(_CaptureHandle(self._fp_capture))
         return handles
 
     def _routers_of(self, block: nn.Module) -> tuple[Router, ...]:
-        if not self._aligns:
+        if not self._reads_routers:
             return ()
         return find_routers(block, router_classes=self._router_classes)
 
@@ -256,6 +292,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
 
         def keep(router: Router, logits: Tensor) -> RankedLogits:
             ranks = self._objective.ranks(router.top_k, router.num_experts)
+            if self.config.realign_routers:
+                ranks = router.num_experts
             return rank_logits(logits, ranks).to(cache_device)
 
         return RouterCapture(block, routers, keep).open()
@@ -298,7 +336,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 kept = capture.take()
         tokens = [output.numel() // output.shape[-1] for output in fp_outputs]
         return {
-            router: _split_samples(name, router, calls, tokens)
+            router: split_samples(name, router, calls, tokens)
             for router, calls in kept.items()
         }
 
@@ -329,32 +367,239 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 **kwargs,
             )
 
-        routers = self._routers_of(block)
-        if not routers:
+        if not self._reads_routers:
             return tune()
+        name = "+".join(block_ctx.block_names)
+        routers = self._routers_of(block)
         use_q = q_inputs is not None and self.enable_quanted_input
         inputs = q_inputs if use_q else fp_inputs
-        name = "+".join(block_ctx.block_names)
-        fp_ranks = self._take_fp_ranks(
-            name, block, fp_inputs, input_others, fp_outputs, q_inputs
-        )
-        with RouterCapture[Tensor](block, routers) as q_capture:
-            run = self._run = _BlockRun(
-                name=name,
-                block=block,
-                inputs=inputs,
-                input_others=input_others,
-                keep_best=not self.not_use_best_mse,
-                q_capture=q_capture,
-                fp_ranks=fp_ranks,
+        fp_ranks = {}
+        if self._fp_capture is not None:
+            fp_ranks = self._take_fp_ranks(
+                name, block, fp_inputs, input_others, fp_outputs, q_inputs
             )
-            try:
-                best_params = tune()
-            finally:
-                self._run = None
-        run.finish_iteration()  # an early stop skips the last _step
-        self._log(run)
+        with ExitStack() as stack:
+            terms = []
+            if routers and self.config.router_weight != 0:
+                capture = stack.enter_context(RouterCapture[Tensor](block, routers))
+                terms.append(self._own_term(routers, fp_ranks, capture))
+            if self.config.next_router_weight != 0:
+                next_router = self._next_router(name, block_ctx.block_names[-1])
+                if next_router is not None:
+                    terms.append(self._next_term(next_router, fp_outputs, input_others))
+            if terms:
+                run = BlockRun(name, terms, not self.not_use_best_mse)
+                stack.enter_context(self._tuning(run, inputs, input_others, fp_outputs))
+            best_params = tune()
+        if terms:
+            run.finish_iteration()  # an early stop skips the last _step
+            self._log(run)
+        if self.config.realign_routers:
+            for router in routers:
+                self._refit(name, block, router, fp_ranks, inputs, input_others)
         return best_params
+
+    def _own_term(
+        self,
+        routers: Sequence[Router],
+        fp_ranks: dict[str, list[RankedLogits]],
+        capture: RouterCapture[Tensor],
+    ) -> RouterTerm:
+        def q_logits(_output: Tensor, _samples: list[int]) -> dict[str, Tensor]:
+            return {name: torch.cat(kept) for name, kept in capture.take().items()}
+
+        return RouterTerm(
+            OWN_ROUTER,
+            self._objective,
+            self.config.router_weight,
+            routers,
+            fp_ranks,
+            q_logits,
+        )
+
+    def _next_router(self, name: str, last_block: str) -> NextRouter | None:
+        for group in get_block_names(self.model):
+            if last_block in group:
+                following = group[group.index(last_block) + 1 :]
+                break
+        else:
+            following = []
+        lookahead = self.config.lookahead or DEFAULT_LOOKAHEAD
+        found = find_next_router(following, self._routers, lookahead)
+        if found is None:
+            logger.info(
+                "vsraq: %s: no MoE router in the %d blocks behind it, so no next "
+                "router term",
+                name,
+                min(lookahead, len(following)),
+            )
+            return None
+        if getattr(self.block_forward, "last_output_dict", None):
+            raise NotImplementedError(
+                f"next_router_weight={self.config.next_router_weight}: block {name} "
+                "hands more than its hidden states to the next block, which the next "
+                "router term does not follow; allowed is 0"
+            )
+        blocks, router = found
+        device = self.block_forward.device
+        loaded = [
+            load_without_experts(
+                self.model,
+                block,
+                [r for r in self._routers.values() if r.name.startswith(f"{block}.")],
+                self._orchestrator._offloader,
+                self.model_context.amp_dtype,
+                device,
+            )
+            for block in blocks
+        ]
+        return NextRouter(router, loaded, self.block_forward)
+
+    def _next_term(
+        self,
+        next_router: NextRouter,
+        fp_outputs: Sequence[Tensor],
+        input_others: dict[str, Any],
+    ) -> RouterTerm:
+        router = next_router.router
+        ranks = self._next_objective.ranks(router.top_k, router.num_experts)
+        cache_device = self.compress_context.cache_device
+        batch_size = self.block_forward.batch_size
+        kept = []
+        with torch.no_grad():
+            for start in range(0, len(fp_outputs), batch_size):
+                samples = list(range(len(fp_outputs)))[start : start + batch_size]
+                output = torch.cat([fp_outputs[i] for i in samples])
+                logits = next_router.logits(output, input_others, samples)
+                kept.append(rank_logits(logits, ranks).to(cache_device))
+        tokens = [output.numel() // output.shape[-1] for output in fp_outputs]
+
+        def q_logits(output: Tensor, samples: list[int]) -> dict[str, Tensor]:
+            return {router.name: next_router.logits(output, input_others, samples)}
+
+        return RouterTerm(
+            NEXT_ROUTER,
+            self._next_objective,
+            self.config.next_router_weight,
+            (router,),
+            {router.name: split_samples(router.name, router.name, kept, tokens)},
+            q_logits,
+        )
+
+    @contextmanager
+    def _tuning(
+        self,
+        run: BlockRun,
+        inputs: Any,
+        input_others: dict[str, Any],
+        fp_outputs: Sequence[Tensor],
+    ) -> Iterator[None]:
+        """Tune with the terms of a block; they are probed once its layers are wrapped.
+
+        AutoRound calls `self.wrapper_block` at the start of `quantize_block`, and
+        builds no graph before it.
+        """
+        wrapper_block: Callable[..., Any] = self.wrapper_block  # type: ignore[has-type]
+
+        def wrap(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            names = wrapper_block(block, *args, **kwargs)
+            self._probe(run, block, inputs, input_others, fp_outputs)
+            self._run = run
+            return names
+
+        self.wrapper_block = wrap
+        try:
+            yield
+        finally:
+            self.wrapper_block = wrapper_block
+            self._run = None
+
+    def _probe(
+        self,
+        run: BlockRun,
+        block: nn.Module,
+        inputs: Any,
+        input_others: dict[str, Any],
+        fp_outputs: Sequence[Tensor],
+    ) -> None:
+        """Find which layers each term reaches, and balance automatic weights."""
+        automatic = any(term.weight == "auto" for term in run.terms)
+        # A micro-batch, not one sample: experts that get no token look unreached.
+        samples = list(range(min(self.block_forward.batch_size, len(fp_outputs))))
+        valid_token_mask = getattr(self, "_cached_valid_token_mask", None)
+        mask = self._mask(valid_token_mask, samples)
+        with torch.enable_grad(), _eager():
+            output = self.block_forward.forward(
+                block, inputs, input_others, torch.tensor(samples)
+            )
+            # a masked sample's share, as in _get_loss
+            share = 1.0 if mask is None else mask.float().mean().item()
+            losses = [share * term.loss(output, samples, mask) for term in run.terms]
+            reconstruction = None
+            if automatic:
+                reference = torch.cat([fp_outputs[i] for i in samples])
+                reconstruction = super()._get_loss(
+                    output,
+                    reference.to(output.device),
+                    samples,
+                    nn.MSELoss(),
+                    output.device,
+                    valid_token_mask,
+                )
+            run.quantized = balance_terms(
+                block,
+                run.terms,
+                losses,
+                reconstruction,
+                self.config.auto_ratio or DEFAULT_AUTO_RATIO,
+            )
+
+    def _mask(
+        self, valid_token_mask: list[Tensor] | None, samples: Sequence[int]
+    ) -> Tensor | None:
+        """Valid tokens of some samples, (T,)."""
+        if not valid_token_mask:
+            return None
+        return torch.cat([valid_token_mask[i].flatten() for i in samples])
+
+    def _refit(
+        self,
+        name: str,
+        block: nn.Module,
+        router: Router,
+        fp_ranks: dict[str, list[RankedLogits]],
+        inputs: Any,
+        input_others: dict[str, Any],
+    ) -> None:
+        """Re-fit one router of the tuned block, before its output feeds the next."""
+        module = block.get_submodule(router.name)
+        targets = fp_ranks[router.name]
+        mask = getattr(self, "_cached_valid_token_mask", None)
+        batch_size = self.block_forward.batch_size
+
+        def samples() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+            for start in range(0, len(targets), batch_size):
+                batch = list(range(len(targets)))[start : start + batch_size]
+                hidden_states = router_input(
+                    module,
+                    lambda batch=batch: self.block_forward.forward(  # type: ignore[misc]
+                        block, inputs, input_others, torch.tensor(batch)
+                    ),
+                )
+                tokens = [len(targets[i].values) for i in batch]
+                flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+                for i, own in zip(batch, flat.split(tokens), strict=True):
+                    yield own, targets[i].logits(), self._mask(mask, [i])
+
+        with torch.no_grad(), _eager():
+            refit = refit_router(
+                f"{name}.{router.name}",
+                module,
+                router.top_k,
+                samples(),
+                ridge=self.config.realign_ridge or DEFAULT_RIDGE,
+            )
+        logger.info("vsraq: %s", refit)
 
     def _get_loss(
         self,
@@ -381,32 +626,35 @@ class VSRAQQuantizer(SignRoundQuantizer):
         run = self._run
         if run is None:
             return reconstruction
-        router, valid = self._router_loss(run, indices, valid_token_mask)
-        router = router.to(reconstruction.device)
+        samples = [int(i) for i in indices]
+        valid = self._mask(valid_token_mask, samples)
         # With gradient accumulation AutoRound sums the error over all elements instead
         # of averaging it, and its average divides by masked elements too. The router
-        # term follows both, so that the ratio of the two losses stays.
+        # terms follow both, so that the ratio of the losses stays.
         scale = pred_output.numel() if self._reconstruction_is_sum(loss_func) else 1
         share: Tensor | float = 1.0
         if valid is not None:
             valid = valid.to(reconstruction.device)
             share = valid.sum() / valid.numel()
-        total = reconstruction + self.config.router_weight * scale * share * router
+        total = reconstruction
+        current = run.current
+        for term in run.terms:
+            loss = term.loss(pred_output, samples, valid).to(reconstruction.device)
+            current.add(term.label, loss)
+            total = total + term.weight * scale * share * loss  # type: ignore[operator]
+        current.add("reconstruction", reconstruction / scale)
         if not torch.isfinite(total):
             raise RuntimeError(
                 f"block {run.name}, iteration {run.iteration}: loss is "
-                f"{total.item()} (reconstruction {reconstruction.item()}, router "
-                f"{router.item()}); allowed are finite values; look for inf or NaN in "
-                "the block's weights and calibration inputs, or lower lr"
+                f"{total.item()} (sums of this iteration: "
+                f"{', '.join(f'{k} {float(v)}' for k, v in current.parts.items())}); "
+                "allowed are finite values; look for inf or NaN in the block's weights "
+                "and calibration inputs, or lower lr"
             )
-        if run.sample is None:
-            run.sample = int(indices[0])
-        run.current.reconstruction += reconstruction.detach() / scale
-        run.current.router += router.detach()
-        run.current.total += total.detach()
+        current.total += total.detach()
         # Without a mask AutoRound divides by a constant, which selects the same best.
-        run.current.valid_tokens += 0.0 if valid is None else valid.sum()
-        run.current.batches += 1
+        current.valid_tokens += 0.0 if valid is None else valid.sum()
+        current.batches += 1
         return total
 
     def _reconstruction_is_sum(self, loss_func: Callable[..., Tensor]) -> bool:
@@ -415,86 +663,30 @@ class VSRAQQuantizer(SignRoundQuantizer):
             return False
         return getattr(loss_func, "reduction", "mean") == "sum"
 
-    def _router_loss(
-        self, run: _BlockRun, indices: Any, valid_token_mask: list[Tensor] | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Mean over routers and valid tokens, and the mask of the tokens (T,)."""
-        samples = [int(i) for i in indices]
-        mask: Tensor | None = None
-        if valid_token_mask:
-            mask = torch.cat([valid_token_mask[i].flatten() for i in samples])
-        losses = []
-        q_kept = run.q_capture.take()
-        for router in run.q_capture.routers:
-            q_logits = torch.cat(q_kept[router.name])
-            fp_ranks = run.fp_ranks[router.name]
-            fp = _concatenate([fp_ranks[i] for i in samples]).to(q_logits.device)
-            loss = self._objective(q_logits, fp, top_k=router.top_k)
-            device_mask = None if mask is None else mask.to(loss.device)
-            losses.append(reduce_tokens(loss, device_mask))
-        mean = torch.stack([loss.to(losses[0].device) for loss in losses]).mean()
-        return mean, mask
-
-    def _audit_reach(self, run: _BlockRun) -> None:
-        """Count the quantized layers that the block's router logits depend on."""
-        wrapped = [m for m in run.block.modules() if hasattr(m, "orig_layer")]
-        # norms are wrapped too where enable_norm_bias_tuning tunes them
-        linear = [isinstance(module, WrapperLinear) for module in wrapped]
-        layers = [
-            [p for p in vars(m)["params"].values() if p.requires_grad] for m in wrapped
-        ]
-        run.quantized = sum(linear)
-        # One sample, in eager mode: no second graph in memory, none to compile.
-        with torch.enable_grad(), _eager():
-            self.block_forward.forward(
-                run.block, run.inputs, run.input_others, torch.tensor([run.sample])
-            )
-            kept = [
-                logits for calls in run.q_capture.take().values() for logits in calls
-            ]
-            probe = torch.stack([logits.square().sum().cpu() for logits in kept]).sum()
-        if not probe.requires_grad:
-            return
-        flat = [parameter for layer in layers for parameter in layer]
-        gradients = iter(torch.autograd.grad(probe, flat, allow_unused=True))
-        for layer, is_linear in zip(layers, linear, strict=True):
-            reached = any([next(gradients) is not None for _ in layer])
-            run.reached += reached and is_linear
-            run.reaches_something |= reached
-
     def _step(self, scaler: Any, optimizer: Any, lr_schedule: Any) -> None:
         run = self._run
         if run is not None:
-            if run.iteration == 0:  # after the backward pass: its graph is gone
-                self._audit_reach(run)
             run.finish_iteration()
         super()._step(scaler, optimizer, lr_schedule)
 
-    def _log(self, run: _BlockRun) -> None:
+    def _log(self, run: BlockRun) -> None:
         if run.first is None:
             logger.warning(
-                "vsraq: %s: no layer was tuned, so its router was not aligned", run.name
+                "vsraq: %s: no layer was tuned, so no router was aligned", run.name
             )
             return
-        logger.info(
-            "vsraq: %s: reconstruction %.3e -> %.3e, router %.3e -> %.3e "
-            "(iter 0 -> %d), router loss reaches %d of %d quantized layers",
-            run.name,
-            run.first[0],
-            run.best[0],
-            run.first[1],
-            run.best[1],
-            run.best_iteration,
-            run.reached,
-            run.quantized,
-        )
-        if not run.reaches_something:
-            logger.warning(
-                "vsraq: %s: the router loss reaches no quantized layer of this block, "
-                "because none stands before its router; the router term had no effect "
-                "there",
-                run.name,
-            )
+        logger.info("vsraq: %s", run.summary())
+        for term in run.terms:
+            if not term.reaches_something:
+                logger.warning(
+                    "vsraq: %s: the %s loss reaches no quantized layer of this block, "
+                    "because none stands before its router; it had no effect there%s",
+                    run.name,
+                    term.label,
+                    "; next_router_weight reaches the experts of the block before"
+                    if self.config.next_router_weight == 0
+                    else "",
+                )
 
 
 class _VSRAQAdamQuantizer(VSRAQQuantizer, AdamRoundQuantizer):
@@ -503,36 +695,3 @@ class _VSRAQAdamQuantizer(VSRAQQuantizer, AdamRoundQuantizer):
 
 class _VSRAQV2Quantizer(VSRAQQuantizer, SignRoundV2Quantizer):
     """The router term on AutoRound's algorithm extension (`enable_alg_ext`)."""
-
-
-def _split_samples(
-    block: str, router: str, calls: Sequence[RankedLogits], tokens: Sequence[int]
-) -> list[RankedLogits]:
-    ranks = _concatenate(calls)
-    captured = ranks.values.shape[0]
-    if captured != sum(tokens):
-        raise RuntimeError(
-            f"block {block}: router {router} saw {captured} tokens, the block "
-            f"{sum(tokens)}; allowed is every token exactly once"
-        )
-    if not torch.isfinite(ranks.values).all():
-        raise RuntimeError(
-            f"block {block}: router {router} has non-finite full-precision logits; "
-            "look for inf or NaN in the model's weights or the calibration inputs"
-        )
-    return [
-        RankedLogits(values, indices, ranks.num_experts)
-        for values, indices in zip(
-            ranks.values.split(list(tokens)),
-            ranks.indices.split(list(tokens)),
-            strict=True,
-        )
-    ]
-
-
-def _concatenate(parts: Sequence[RankedLogits]) -> RankedLogits:
-    return RankedLogits(
-        torch.cat([part.values for part in parts]),
-        torch.cat([part.indices for part in parts]),
-        parts[0].num_experts,
-    )

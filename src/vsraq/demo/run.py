@@ -75,14 +75,17 @@ def token_stream(tokenizer: PreTrainedTokenizerBase, split: Split) -> Tensor:
 
 
 def token_windows(
-    tokenizer: PreTrainedTokenizerBase, split: Split, count: int, seqlen: int = SEQLEN
+    tokenizer: PreTrainedTokenizerBase,
+    split: Split,
+    count: int | None = None,
+    seqlen: int = SEQLEN,
 ) -> Tensor:
     """Windows of a split's token stream.
 
     Args:
         tokenizer: The model's tokenizer.
         split: Of `vsraq.demo.text`.
-        count: Windows.
+        count: Windows; None takes all.
         seqlen: Tokens per window.
 
     Returns:
@@ -93,6 +96,7 @@ def token_windows(
     """
     ids = token_stream(tokenizer, split)
     windows = ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
+    count = len(windows) if count is None else count
     if len(windows) < count:
         raise ValueError(
             f"count={count}: the {split} text of this Python has {len(windows)} "

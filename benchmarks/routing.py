@@ -1,0 +1,484 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each way to keep the routing is worth: models x schemes x methods x seeds.
+
+    python benchmarks/routing.py run                 # fill the results file
+    python benchmarks/routing.py table --plot gap.png
+
+Every cell quantizes one model with one method on the same calibration windows and
+iterations as the other methods of its seed, and compares it with full precision on
+held-out text. A cell is one line of JSON in the results file; cells that are there
+already are skipped, so an interrupted run continues. A seed draws the calibration
+windows and is AutoRound's seed.
+
+Models: the embedded one (Solar-Open), and a softmax-routed (Qwen3-MoE) and a hybrid one
+(Nemotron-H) that `examples/train_demo_moe.py` trains on first use. W*A16 models are
+evaluated as tuned, NVFP4 models from their export: AutoRound's arithmetic in memory is
+not the export's.
+"""
+
+import argparse
+import fcntl
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from auto_round import AutoRound
+from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from torch import Tensor, nn
+
+import vsraq
+from vsraq.analysis import compare
+from vsraq.checkpoint import load_model
+from vsraq.demo import model_path
+from vsraq.demo.run import SEQLEN, load_tokenizer, token_windows
+from vsraq.realignment import realign_routers
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILT = ROOT / "out" / "models"
+RESULTS = ROOT / "out" / "routing.jsonl"
+WIKITEXT = ROOT.parent / "shared" / "data" / "wikitext-2"
+TRAINING = {
+    "qwen3_moe": ["--architecture", "qwen3_moe"],
+    "nemotron_h": ["--architecture", "nemotron_h"],
+}
+MODELS = ("solar_open", *TRAINING)
+SCHEMES = ("W4A16", "W3A16", "W2A16", "NVFP4")
+SEEDS = (0, 1, 2)
+BATCH = 8
+
+# name -> arguments of VSRAQConfig; None is round-to-nearest, {} plain AutoRound
+OWN = {
+    "TopK-MSE": {"objective": "topk_mse"},
+    "VSRAQ": {"objective": "vsraq"},
+    "Top-3K MSE": {"objective": "top3k_mse"},
+    "router KL": {"objective": "router_kl"},
+    "pairwise margin": {"objective": "pairwise_margin"},
+}
+METHODS: dict[str, dict[str, Any] | None] = {"RTN": None, "AutoRound": {}}
+for _name, _objective in OWN.items():
+    METHODS[_name] = _objective | {"router_weight": 0.1}
+    METHODS[f"{_name}, auto"] = _objective | {"router_weight": "auto"}
+METHODS["pairwise margin, next"] = OWN["pairwise margin"] | {
+    "router_weight": 0.0,
+    "next_router_weight": "auto",
+}
+METHODS["pairwise margin, both"] = OWN["pairwise margin"] | {
+    "router_weight": "auto",
+    "next_router_weight": "auto",
+}
+METHODS["Top-3K MSE, both"] = OWN["Top-3K MSE"] | {
+    "router_weight": "auto",
+    "next_router_weight": "auto",
+}
+REFIT = " + re-fit"
+for _name in list(METHODS):
+    METHODS[_name + REFIT] = METHODS[_name]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run; its fields are the key of its line in the results file."""
+
+    model: str
+    scheme: str
+    method: str
+    seed: int
+    iters: int
+    nsamples: int
+
+
+def load_bench_model(name: str) -> nn.Module:
+    path = model_path() if name == "solar_open" else BUILT / name
+    if not path.exists():
+        subprocess.run(
+            [
+                sys.executable,
+                str(ROOT / "examples" / "train_demo_moe.py"),
+                *TRAINING[name],
+                "--output",
+                str(path),
+            ],
+            check=True,
+        )
+    return load_model(path, dtype=torch.float32)
+
+
+def calibration_windows(count: int, seed: int) -> Tensor:
+    pool = token_windows(load_tokenizer(), "calibration", None)
+    order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
+    return pool[order[:count]]
+
+
+def heldout_texts(windows: int) -> dict[str, Sequence[Tensor]]:
+    tokenizer = load_tokenizer()
+    texts = {"heldout": token_windows(tokenizer, "heldout", windows).split(BATCH)}
+    if WIKITEXT.exists():
+        text = next(iter(sorted(WIKITEXT.glob("*test*")))).read_text()
+        ids = torch.tensor(tokenizer(text[: windows * SEQLEN * 8])["input_ids"])
+        count = min(windows, len(ids) // SEQLEN)
+        texts["wikitext"] = ids[: count * SEQLEN].view(count, SEQLEN).split(BATCH)
+    return texts
+
+
+def config_of(cell: Cell) -> Any:
+    arguments = METHODS[cell.method]
+    if arguments is None:
+        return "rtn"
+    refit = cell.method.endswith(REFIT)
+    if not arguments and not refit:
+        return SignRoundConfig(iters=cell.iters)
+    arguments = {"router_weight": 0.0, **arguments}
+    return vsraq.VSRAQConfig(iters=cell.iters, realign_routers=refit, **arguments)
+
+
+def layer_config(scheme: str) -> dict[str, Any]:
+    # down_proj reads 32 features; AutoRound's groups of 128 then are that one group,
+    # but loaders of exports take the number literally.
+    return {} if scheme == "NVFP4" else {"down_proj": {"group_size": 32}}
+
+
+def reset_peak_memory(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    elif platform.system() == "Linux":
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: str) -> float | None:
+    """MiB since the reset: of the accelerator, else of the process."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() / 2**20
+    if platform.system() != "Linux":
+        return None
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def run_cell(
+    cell: Cell,
+    fp_model: nn.Module,
+    texts: dict[str, Sequence[Tensor]],
+    device: str,
+    folder: Path,
+) -> dict[str, Any]:
+    samples = list(calibration_windows(cell.nsamples, cell.seed).split(1))
+    config = config_of(cell)
+    run = AutoRound(
+        load_bench_model(cell.model),
+        tokenizer=load_tokenizer(),
+        scheme=cell.scheme,
+        alg_configs=config,
+        dataset=samples,
+        nsamples=cell.nsamples,
+        seqlen=SEQLEN,
+        batch_size=BATCH,
+        seed=cell.seed,
+        device_map=device,
+        layer_config=layer_config(cell.scheme),
+        enable_torch_compile=False,
+        **({"disable_opt_rtn": True} if config == "rtn" else {}),
+    )
+    reset_peak_memory(device)
+    started = time.monotonic()
+    q_model, _ = run.quantize()
+    seconds = time.monotonic() - started
+    memory = peak_memory(device)
+    if cell.scheme == "NVFP4":
+        _, path = run.save_quantized(
+            folder / "export", format="auto_round", inplace=False, return_folders=True
+        )
+        q_model = load_model(path, dtype=torch.float32)
+    q_model = q_model.cpu().float()
+    if config == "rtn" and cell.method.endswith(REFIT):
+        started = time.monotonic()
+        realign_routers(q_model, fp_model, samples)
+        seconds += time.monotonic() - started
+    result = asdict(cell) | {"device": device, "seconds": seconds, "peak_mib": memory}
+    for name, batches in texts.items():
+        result[name] = asdict(compare(q_model, fp_model, batches))
+    return result
+
+
+def grid(arguments: argparse.Namespace) -> Iterator[Cell]:
+    for seed in arguments.seeds:
+        for model in arguments.models:
+            for scheme in arguments.schemes:
+                for method in arguments.methods:
+                    yield Cell(
+                        model, scheme, method, seed, arguments.iters, arguments.nsamples
+                    )
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def append(path: Path, result: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # several workers write it
+        file.write(json.dumps(result) + "\n")
+
+
+def key(result: dict[str, Any]) -> Cell:
+    return Cell(**{name: result[name] for name in Cell.__dataclass_fields__})
+
+
+def run_cells(arguments: argparse.Namespace) -> None:
+    cells = list(grid(arguments))
+    fp_models: dict[str, nn.Module] = {}
+    texts = heldout_texts(arguments.windows)
+    os.environ.setdefault("AR_WORK_SPACE", tempfile.mkdtemp(prefix="vsraq-bench-"))
+    for index, cell in enumerate(cells):
+        if index % arguments.workers != arguments.worker:
+            continue
+        if any(key(result) == cell for result in read_results(arguments.results)):
+            continue
+        if cell.model not in fp_models:
+            fp_models[cell.model] = load_bench_model(cell.model)
+        fp_model = fp_models[cell.model]
+        with tempfile.TemporaryDirectory(prefix="vsraq-bench-") as folder:
+            result = run_cell(cell, fp_model, texts, arguments.device, Path(folder))
+        append(arguments.results, result)
+        own = result["heldout"]
+        jaccard = statistics.mean(own["jaccard"].values())
+        print(
+            f"[{index + 1}/{len(cells)}] {cell.model} {cell.scheme} {cell.method} "
+            f"seed {cell.seed}: Jaccard {jaccard:.4f}, KL {own['kl']:.4f}, "
+            f"{result['seconds']:.0f} s",
+            flush=True,
+        )
+
+
+def start_workers(arguments: argparse.Namespace) -> None:
+    """The same command once per worker, each with its share of the cells."""
+    for model in arguments.models:
+        load_bench_model(model)  # train once, before the workers would all do it
+    base = [sys.executable, *sys.argv]
+    processes = [
+        subprocess.Popen([*base, "--worker", str(worker)])
+        for worker in range(arguments.workers)
+    ]
+    codes = [process.wait() for process in processes]
+    if any(codes):
+        raise SystemExit(f"workers ended with {codes}")
+
+
+def figures(
+    results: Iterable[dict[str, Any]], text: str
+) -> dict[Cell, dict[str, float]]:
+    return {
+        key(result): {
+            "Jaccard": statistics.mean(result[text]["jaccard"].values()),
+            "KL": result[text]["kl"],
+            "perplexity": result[text]["perplexity"],
+            "seconds": result["seconds"],
+            "MiB": result["peak_mib"] or math.nan,
+        }
+        for result in results
+        if text in result
+    }
+
+
+def closed(value: float, plain: float, best: float) -> float:
+    """Share of AutoRound's gap to full precision that is closed."""
+    return (value - plain) / (best - plain)
+
+
+@dataclass
+class Row:
+    """One method in one model and scheme, over the seeds."""
+
+    jaccard: list[float]
+    kl: list[float]
+    perplexity: list[float]
+    jaccard_closed: list[float]
+    kl_closed: list[float]
+    time_ratio: list[float]
+    mib: list[float]
+
+
+def rows(
+    results: Iterable[dict[str, Any]], text: str, iters: int, nsamples: int
+) -> dict[tuple[str, str, str], Row]:
+    values = figures(results, text)
+    table: dict[tuple[str, str, str], Row] = defaultdict(
+        lambda: Row([], [], [], [], [], [], [])
+    )
+    for cell, own in values.items():
+        if (cell.iters, cell.nsamples) != (iters, nsamples):
+            continue
+        plain = values.get(Cell(**asdict(cell) | {"method": "AutoRound"}))
+        if plain is None:
+            continue
+        row = table[cell.model, cell.scheme, cell.method]
+        row.jaccard.append(own["Jaccard"])
+        row.kl.append(own["KL"])
+        row.perplexity.append(own["perplexity"])
+        row.jaccard_closed.append(closed(own["Jaccard"], plain["Jaccard"], 1.0))
+        row.kl_closed.append(closed(own["KL"], plain["KL"], 0.0))
+        row.time_ratio.append(own["seconds"] / plain["seconds"])
+        row.mib.append(own["MiB"])
+    return table
+
+
+def spread(values: Sequence[float], digits: int, scale: float = 1.0) -> str:
+    mean = statistics.mean(values) * scale
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    half = (max(values) - min(values)) / 2 * scale
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
+
+
+def format_table(table: dict[tuple[str, str, str], Row]) -> str:
+    """Per model and scheme, the methods in the order of METHODS; mean ± half range."""
+    lines = [
+        "| model | scheme | method | Jaccard | gap closed % | KL | gap closed % | "
+        "perplexity | time ratio | MiB | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for model in MODELS:
+        for scheme in SCHEMES:
+            for method in METHODS:
+                row = table.get((model, scheme, method))
+                if row is None:
+                    continue
+                lines.append(
+                    f"| {model} | {scheme} | {method} | {spread(row.jaccard, 4)} | "
+                    f"{spread(row.jaccard_closed, 1, 100)} | {spread(row.kl, 4)} | "
+                    f"{spread(row.kl_closed, 1, 100)} | {spread(row.perplexity, 2)} | "
+                    f"{statistics.median(row.time_ratio):.2f} | "
+                    f"{statistics.median(row.mib):.0f} | {len(row.jaccard)} |"
+                )
+    return "\n".join(lines)
+
+
+def format_summary(
+    table: dict[tuple[str, str, str], Row], schemes: Sequence[str]
+) -> str:
+    """Gap closed, mean over models and schemes, and the worst cell of each method.
+
+    A cell's mean is worse than AutoRound "beyond the spread" where its gap closed,
+    plus half the range over the seeds, is below 0.
+    """
+    cells = {(m, s) for m, s, _ in table if s in schemes}
+    lines = [
+        f"| method | Jaccard gap closed % | KL gap closed % | worst cell Jaccard % | "
+        f"worst cell KL % | time ratio | cells of {len(cells)} |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for method in METHODS:
+        own = [table[m, s, method] for m, s in cells if (m, s, method) in table]
+        if not own:
+            continue
+        jaccard = [statistics.mean(row.jaccard_closed) * 100 for row in own]
+        kl = [statistics.mean(row.kl_closed) * 100 for row in own]
+        ratio = statistics.median([r for row in own for r in row.time_ratio])
+        lines.append(
+            f"| {method} | {statistics.mean(jaccard):.1f} | {statistics.mean(kl):.1f} "
+            f"| {min(jaccard):.1f} | {min(kl):.1f} | {ratio:.2f} | {len(own)} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(table: dict[tuple[str, str, str], Row], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cells = [(m, s) for m in MODELS for s in SCHEMES if (m, s, "AutoRound") in table]
+    methods = [m for m in METHODS if m not in ("RTN", "RTN" + REFIT, "AutoRound")]
+    figure, axes = pyplot.subplots(
+        1,
+        len(cells),
+        figsize=(2 + 2.2 * len(cells), 1 + 0.28 * len(methods)),
+        sharey=True,
+        squeeze=False,
+    )
+    for axis, (model, scheme) in zip(axes[0], cells, strict=True):
+        for y, method in enumerate(methods):
+            row = table.get((model, scheme, method))
+            if row is None:
+                continue
+            for values, color, shift in (
+                (row.jaccard_closed, "tab:blue", -0.15),
+                (row.kl_closed, "tab:orange", 0.15),
+            ):
+                shares = [v * 100 for v in values]
+                axis.plot(
+                    shares, [y + shift] * len(shares), ".", color=color, alpha=0.4
+                )
+                axis.plot(statistics.mean(shares), y + shift, "|", color=color, ms=10)
+        axis.axvline(0, color="black", lw=0.8)
+        axis.set_title(f"{model}\n{scheme}", fontsize=8)
+        axis.tick_params(labelsize=7)
+    axes[0][0].set_yticks(range(len(methods)), methods, fontsize=7)
+    axes[0][0].invert_yaxis()
+    figure.supxlabel(
+        "share of AutoRound's gap to full precision that is closed, % "
+        "(blue: Jaccard, orange: KL; dots: seeds)",
+        fontsize=8,
+    )
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="fill the results file")
+    run.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
+    run.add_argument("--schemes", nargs="+", default=SCHEMES, choices=SCHEMES)
+    run.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    run.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    run.add_argument("--windows", type=int, default=64, help="held-out windows")
+    run.add_argument("--device", default="cpu")
+    run.add_argument("--workers", type=int, default=1, help="processes side by side")
+    run.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    table = commands.add_parser("table", help="print the results")
+    table.add_argument("--text", default="heldout", choices=["heldout", "wikitext"])
+    table.add_argument("--plot", type=Path)
+    table.add_argument(
+        "--summary-schemes", nargs="+", default=["W4A16", "W3A16", "NVFP4"]
+    )
+    for command in (run, table):
+        command.add_argument("--iters", type=int, default=50)
+        command.add_argument("--nsamples", type=int, default=32)
+        command.add_argument("--results", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    if arguments.command == "run":
+        if arguments.workers > 1 and arguments.worker is None:
+            start_workers(arguments)
+        else:
+            arguments.worker = arguments.worker or 0
+            run_cells(arguments)
+    else:
+        table = rows(
+            read_results(arguments.results),
+            arguments.text,
+            arguments.iters,
+            arguments.nsamples,
+        )
+        print(format_table(table), "\n")
+        print(format_summary(table, arguments.summary_schemes))
+        if arguments.plot:
+            plot(table, arguments.plot)

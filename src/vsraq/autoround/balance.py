@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the router losses of a block reach, and the weights that balance them.
+
+SignRound steps by the sign of the gradient's sum, so what counts is how large one
+loss's gradient is beside the other's, not how large the losses are.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from auto_round.wrapper import WrapperLinear
+from torch import Tensor, nn
+
+from vsraq.autoround.terms import RouterTerm
+
+
+def balance_terms(
+    block: nn.Module,
+    terms: Sequence[RouterTerm],
+    losses: Sequence[Tensor],
+    reconstruction: Tensor | None,
+    auto_ratio: float,
+) -> int:
+    """Fill in what each term reaches, and each weight that is "auto".
+
+    An automatic weight is auto_ratio * |g_reconstruction| / |g_router|, each the sum
+    of the gradient's magnitudes over the tuned parameters that the router loss
+    reaches; 0 if it reaches none.
+
+    Args:
+        block: The block, its layers wrapped by AutoRound.
+        terms: Its router terms; `reached`, `reaches_something` and an automatic
+            `weight` are set.
+        losses: Their losses on some samples, attached to the graph.
+        reconstruction: The mean reconstruction error on the same samples, attached to
+            the same graph; None if no weight is automatic.
+        auto_ratio: Strength of the automatic weights, > 0.
+
+    Returns:
+        How many quantized layers the block has.
+    """
+    wrapped = [m for m in block.modules() if hasattr(m, "orig_layer")]
+    # norms are wrapped too where enable_norm_bias_tuning tunes them
+    is_linear = [isinstance(module, WrapperLinear) for module in wrapped]
+    layers = [
+        [p for p in vars(m)["params"].values() if p.requires_grad] for m in wrapped
+    ]
+    parameters = [parameter for layer in layers for parameter in layer]
+    other = _magnitudes(reconstruction, parameters)
+    for term, loss in zip(terms, losses, strict=True):
+        own = _magnitudes(loss, parameters)
+        position = 0
+        for layer, linear in zip(layers, is_linear, strict=True):
+            magnitudes = own[position : position + len(layer)]
+            reached = any(magnitude is not None for magnitude in magnitudes)
+            position += len(layer)
+            term.reached += reached and linear
+            term.reaches_something |= reached
+        if term.weight == "auto":
+            router = sum(m for m in own if m is not None)
+            there = [o or 0.0 for o, m in zip(other, own, strict=True) if m is not None]
+            term.weight = auto_ratio * sum(there) / router if router > 0 else 0.0
+    return sum(is_linear)
+
+
+def _magnitudes(
+    loss: Tensor | None, parameters: Sequence[Tensor]
+) -> list[float | None]:
+    """Sum of the gradient's magnitudes per parameter; None where there is no path."""
+    if loss is None or not loss.requires_grad or not parameters:
+        return [None] * len(parameters)
+    gradients = torch.autograd.grad(
+        loss, list(parameters), retain_graph=True, allow_unused=True
+    )
+    return [None if g is None else g.abs().sum().item() for g in gradients]

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The next MoE router's logits, seen from a block's output.
+
+A block's own router stands before its experts, so only the next router sees them. Its
+logits are computed by running the following blocks in full precision on the tuned
+block's output, up to the router's input; no expert is computed (the "downstream
+router" of DREAM-MoE). The following blocks get the arguments that AutoRound has cached
+for its blocks, the same that it will run them with when their turn comes.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from auto_round.algorithms.block_runner import BlockForwardRunner
+from auto_round.compressors.utils import block_forward
+from auto_round.utils import convert_module_to_hp_if_necessary
+from auto_round.utils.model import to_device
+from auto_round.utils.offload import OffloadManager, load_block_from_model_files
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from vsraq.capture import router_input
+from vsraq.routers import Router, expert_containers, router_logits
+
+
+class _NotLoaded(nn.Module):
+    """Stands where a block's experts were."""
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Tensor:
+        raise NotImplementedError(
+            "this block calls its experts before its router, so the next router's "
+            "input cannot be computed without them; use next_router_weight=0"
+        )
+
+
+class NextRouter:
+    """The following blocks up to a router, in full precision.
+
+    Args:
+        router: The router, named relative to the last block.
+        blocks: One or more following blocks; the last one holds the router.
+        runner: AutoRound's runner, for its batches, precision and device.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        blocks: Sequence[nn.Module],
+        runner: BlockForwardRunner,
+    ) -> None:
+        self.router = router
+        self._blocks = tuple(blocks)
+        self._runner = runner
+
+    def logits(
+        self, hidden_states: Tensor, input_others: dict[str, Any], samples: list[int]
+    ) -> Tensor:
+        """The router's logits, differentiable in `hidden_states`.
+
+        Args:
+            hidden_states: Output of the tuned block, (B, S, H).
+            input_others: What AutoRound has cached for the blocks of this model.
+            samples: Which B calibration samples these are.
+
+        Returns:
+            (B * S, E), float32.
+        """
+        device = self._runner.device
+        _, others = self._runner.select_batch({}, input_others, torch.tensor(samples))
+        hidden_states = hidden_states.to(device)
+        others = to_device(others, device)
+
+        def forward(block: nn.Module, hidden_states: Tensor) -> Tensor:
+            # AutoRound's function changes the mapping that it is given.
+            return block_forward(
+                block,
+                hidden_states,
+                dict(others),
+                self._runner.amp,
+                self._runner.amp_dtype,
+                device,
+                0,
+            )
+
+        for block in self._blocks[:-1]:
+            hidden_states = forward(block, hidden_states)
+        last = self._blocks[-1]
+        module = last.get_submodule(self.router.name)
+        inputs = router_input(module, lambda: forward(last, hidden_states))
+        return router_logits(module, inputs)
+
+
+def find_next_router(
+    following: Sequence[str], routers: Mapping[str, Router], lookahead: int
+) -> tuple[tuple[str, ...], Router] | None:
+    """The blocks to run, and the first router in them.
+
+    Args:
+        following: Names of the blocks behind the tuned one, in order.
+        routers: The model's routers by qualified name.
+        lookahead: How many blocks may be run, the one with the router included.
+
+    Returns:
+        Block names and the router, named relative to the last of them; None if no
+        router is near enough.
+    """
+    for count, block in enumerate(following[:lookahead], start=1):
+        for name, router in routers.items():
+            if name.startswith(f"{block}."):
+                relative = replace(router, name=name.removeprefix(f"{block}."))
+                return tuple(following[:count]), relative
+    return None
+
+
+def load_without_experts(
+    model: nn.Module,
+    name: str,
+    routers: Sequence[Router],
+    offloader: OffloadManager,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> nn.Module:
+    """A block of the model, on the device, without its experts.
+
+    The block of the model itself is not touched. Tensors that are in memory are shared
+    with it, as far as they are on the device; those that are on disk are read from
+    there.
+
+    Args:
+        model: The model.
+        name: The block's qualified name.
+        routers: The block's routers, named as in the model.
+        offloader: AutoRound's, which knows where tensors that are not loaded lie.
+        dtype: For weights that no device computes with as they are (FP8).
+        device: Where the block shall run.
+
+    Raises:
+        RuntimeError: Tensors are neither in memory nor on disk.
+    """
+    block = model.get_submodule(name)
+    # What is in memo, deepcopy takes instead of a copy.
+    memo: dict[int, Any] = {
+        id(block.get_submodule(experts)): _NotLoaded()
+        for experts in expert_containers(
+            block,
+            [replace(r, name=r.name.removeprefix(f"{name}.")) for r in routers],
+        )
+    }
+    for parameter in block.parameters():
+        alias = nn.Parameter(parameter.detach(), requires_grad=False)
+        memo[id(parameter)] = alias
+    for buffer in block.buffers():
+        memo[id(buffer)] = buffer.detach()
+    loaded: nn.Module = copy.deepcopy(block, memo)
+    missing = _missing(loaded)
+    if missing:
+        _read(loaded, name, missing, offloader)
+        missing = _missing(loaded)
+    if missing:
+        raise RuntimeError(
+            f"block {name}: {', '.join(missing)} are neither in memory nor on disk, so "
+            "its router's input cannot be computed; pass next_router_weight=0, or load "
+            "the model into memory before AutoRound gets it"
+        )
+    convert_module_to_hp_if_necessary(loaded, dtype, device)
+    return loaded.to(device).eval()
+
+
+def _missing(module: nn.Module) -> list[str]:
+    """Tensors that AutoRound keeps on disk: on meta, or emptied."""
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return [name for name, t in tensors if t.is_meta or t.numel() == 0]
+
+
+def _read(
+    loaded: nn.Module, name: str, missing: Sequence[str], offloader: OffloadManager
+) -> None:
+    saved = offloader._saved.get(name)
+    if saved is None:
+        if offloader.model_dir is not None:  # still as it lies in its checkpoint
+            load_block_from_model_files(offloader.model_dir, name, loaded)
+        return
+    with safe_open(saved["save_path"], framework="pt") as file:
+        for tensor_name in missing:
+            owner_name, _, attribute = tensor_name.rpartition(".")
+            owner = loaded.get_submodule(owner_name)
+            tensor = file.get_tensor(tensor_name)
+            if attribute in owner._buffers:
+                owner._buffers[attribute] = tensor
+            else:
+                setattr(owner, attribute, nn.Parameter(tensor, requires_grad=False))

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The router losses of the block that is being tuned, and what they did.
+
+A block has up to two terms: its own routers, and the next router. Both compare logits
+of the micro-batch with the full-precision ranks of the same samples.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from vsraq.losses import RankedLogits, reduce_tokens
+from vsraq.objectives import Objective
+from vsraq.routers import Router
+
+Weight: TypeAlias = float | Literal["auto"]
+OWN_ROUTER, NEXT_ROUTER = "router", "next router"
+# (output of the block, samples of the micro-batch) -> logits (T, E) by router name
+QLogits: TypeAlias = Callable[[Tensor, list[int]], Mapping[str, Tensor]]
+
+
+@dataclass
+class RouterTerm:
+    """One weighted router loss of a block.
+
+    Attributes:
+        label: What the log calls it.
+        objective: The loss per token.
+        weight: Its weight beside the mean reconstruction error; "auto" until it has
+            been balanced.
+        routers: The routers it compares.
+        fp_ranks: By router name, the full-precision ranks of each sample.
+        q_logits: How the logits of a micro-batch are got.
+        reached: Quantized layers of the block that the term depends on.
+        reaches_something: Whether any tuned parameter depends on it.
+    """
+
+    label: str
+    objective: Objective
+    weight: Weight
+    routers: Sequence[Router]
+    fp_ranks: Mapping[str, list[RankedLogits]]
+    q_logits: QLogits
+    reached: int = 0
+    reaches_something: bool = False
+
+    def loss(self, output: Tensor, samples: list[int], mask: Tensor | None) -> Tensor:
+        """Mean over routers and valid tokens of a micro-batch.
+
+        Args:
+            output: The block's output, (B, S, H).
+            samples: Which B calibration samples.
+            mask: Tokens that count, (T,), or None.
+
+        Returns:
+            A scalar on the device of `output`.
+        """
+        q_logits = self.q_logits(output, samples)
+        losses = []
+        for router in self.routers:
+            q = q_logits[router.name]
+            fp_ranks = self.fp_ranks[router.name]
+            fp = concatenate([fp_ranks[i] for i in samples]).to(q.device)
+            loss = self.objective(q, fp, top_k=router.top_k)
+            device_mask = None if mask is None else mask.to(loss.device)
+            losses.append(reduce_tokens(loss, device_mask).to(output.device))
+        return torch.stack(losses).mean()
+
+
+@dataclass
+class Losses:
+    """Sums over the micro-batches of one iteration, by name."""
+
+    parts: dict[str, Tensor | float] = field(default_factory=dict)
+    total: Tensor | float = 0.0
+    valid_tokens: Tensor | float = 0.0
+    batches: int = 0
+
+    def add(self, name: str, loss: Tensor) -> None:
+        """Add one micro-batch's loss."""
+        self.parts[name] = self.parts.get(name, 0.0) + loss.detach()
+
+    def means(self) -> dict[str, float]:
+        """Mean over the micro-batches."""
+        count = max(self.batches, 1)
+        return {name: float(loss) / count for name, loss in self.parts.items()}
+
+    def selection_value(self) -> float:
+        """What AutoRound compares to find the best iteration, up to a constant."""
+        return float(self.total) / max(float(self.valid_tokens), 1.0)
+
+
+@dataclass
+class BlockRun:
+    """The block that is being tuned.
+
+    Attributes:
+        name: Its name in the model.
+        terms: Its router losses.
+        keep_best: Whether AutoRound keeps the best iteration, not the last.
+    """
+
+    name: str
+    terms: Sequence[RouterTerm]
+    keep_best: bool
+    quantized: int = 0
+    iteration: int = 0
+    current: Losses = field(default_factory=Losses)
+    first: dict[str, float] | None = None
+    best: dict[str, float] = field(default_factory=dict)
+    best_value: float = math.inf
+    best_iteration: int = 0
+
+    def finish_iteration(self) -> None:
+        """Take the sums of an iteration that is over; without sums, do nothing."""
+        if self.current.batches == 0:
+            return
+        means, value = self.current.means(), self.current.selection_value()
+        if self.first is None:
+            self.first = means
+        if value < self.best_value or not self.keep_best:
+            self.best, self.best_value = means, value
+            self.best_iteration = self.iteration
+        self.current = Losses()
+        self.iteration += 1
+
+    def summary(self) -> str:
+        """One line for the log.
+
+        Raises:
+            RuntimeError: No iteration was finished.
+        """
+        if self.first is None:
+            raise RuntimeError(f"block {self.name}: no iteration was finished")
+
+        def change(name: str) -> str:
+            first: dict[str, float] = self.first or {}
+            return f"{name} {first[name]:.3e} -> {self.best[name]:.3e}"
+
+        parts = [change("reconstruction")]
+        parts += [
+            f"{change(term.label)} (weight {term.weight:.4g}, reaches {term.reached} "
+            f"of {self.quantized} quantized layers)"
+            for term in self.terms
+        ]
+        return f"{self.name}: iter 0 -> {self.best_iteration}: {', '.join(parts)}"
+
+
+def split_samples(
+    block: str, router: str, calls: Sequence[RankedLogits], tokens: Sequence[int]
+) -> list[RankedLogits]:
+    """The ranks of each calibration sample, from those of each router call.
+
+    Raises:
+        RuntimeError: The router saw other tokens than the block, or its logits are not
+            finite.
+    """
+    ranks = concatenate(calls)
+    captured = ranks.values.shape[0]
+    if captured != sum(tokens):
+        raise RuntimeError(
+            f"block {block}: router {router} saw {captured} tokens, the block "
+            f"{sum(tokens)}; allowed is every token exactly once"
+        )
+    if not torch.isfinite(ranks.values).all():
+        raise RuntimeError(
+            f"block {block}: router {router} has non-finite full-precision logits; "
+            "look for inf or NaN in the model's weights or the calibration inputs"
+        )
+    return [
+        RankedLogits(values, indices, ranks.num_experts)
+        for values, indices in zip(
+            ranks.values.split(list(tokens)),
+            ranks.indices.split(list(tokens)),
+            strict=True,
+        )
+    ]
+
+
+def concatenate(parts: Sequence[RankedLogits]) -> RankedLogits:
+    """The ranks of several calls or samples, one behind the other."""
+    return RankedLogits(
+        torch.cat([part.values for part in parts]),
+        torch.cat([part.indices for part in parts]),
+        parts[0].num_experts,
+    )

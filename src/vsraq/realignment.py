@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Re-fit routers in closed form to what reaches them after quantization.
+
+Routers stay in full precision, so their weights may move for free. With the router's
+inputs X (T, H) on the quantized path and the full-precision logits Z (T, E), the
+residual R = Z - (X W^T + b) is regressed on X,
+
+    dW = argmin ||R - X dW^T||^2 + rho ||dW||^2,  rho = ridge * mean diag(X^T X),
+
+and W becomes W + dW. One H x H system per router, from the streamed sums X^T X and
+X^T R. EAC-MoE trains the router by gradient toward the same end.
+
+Shapes: T tokens, E experts, K top-k, H hidden width.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from vsraq.capture import RouterCapture, router_input
+from vsraq.metrics import StreamingMean, jaccard
+from vsraq.routers import Router, find_routers, router_logits
+
+DEFAULT_RIDGE = 1e-3
+_HELDOUT_EVERY = 8  # one calibration sample of 8 decides, the others fit
+
+
+class RidgeSums:
+    """The sums of a ridge regression, streamed in float64.
+
+    Args:
+        hidden: H.
+        num_experts: E.
+        device: Where the sums are kept and the system is solved.
+    """
+
+    def __init__(
+        self, hidden: int, num_experts: int, device: torch.device | str = "cpu"
+    ) -> None:
+        zeros = torch.zeros(
+            hidden, hidden + num_experts, dtype=torch.float64, device=device
+        )
+        self.gram, self.moment = zeros[:, :hidden], zeros[:, hidden:]
+
+    def update(self, inputs: Tensor, residual: Tensor) -> None:
+        """Add tokens: inputs (T, H) and residual logits (T, E)."""
+        # Products of one batch in float32, their sum over the batches in float64:
+        # double precision products would cost 60 times as much on most GPUs.
+        x = inputs.detach().to(self.gram.device, torch.float32)
+        r = residual.detach().to(self.gram.device, torch.float32)
+        self.gram += x.T @ x
+        self.moment += x.T @ r
+
+    def solve(self, ridge: float = DEFAULT_RIDGE) -> Tensor:
+        """The correction dW.
+
+        Args:
+            ridge: rho as a fraction of the mean diagonal of X^T X, > 0.
+
+        Returns:
+            (E, H), float64.
+
+        Raises:
+            ValueError: `ridge` is not positive, or no token was added.
+        """
+        if not ridge > 0:
+            raise ValueError(f"ridge={ridge!r}: allowed is a number > 0")
+        scale = self.gram.diagonal().mean()
+        if not scale > 0:
+            raise ValueError(
+                "RidgeSums holds no token, or only zeros: update() it with the "
+                "router's inputs first"
+            )
+        regular = self.gram + ridge * scale * torch.eye(
+            len(self.gram), dtype=torch.float64, device=self.gram.device
+        )
+        factor = torch.linalg.cholesky(regular)
+        return torch.cholesky_solve(self.moment, factor).T
+
+
+@dataclass(frozen=True)
+class Refit:
+    """What re-fitting did to one router, measured on samples that it did not see.
+
+    Attributes:
+        router: The router's name.
+        before: Mean squared error of the logits, all experts, with the old weight.
+        after: The same with the new weight, in the router's own dtype.
+        before_jaccard: Overlap of the K highest logits with full precision.
+        after_jaccard: The same with the new weight.
+        applied: Whether the router holds the new weight; False where it does not help.
+    """
+
+    router: str
+    before: float
+    after: float
+    before_jaccard: float
+    after_jaccard: float
+    applied: bool
+
+    def __str__(self) -> str:
+        """One line for a log."""
+        verdict = "re-fitted" if self.applied else "left alone, no gain"
+        return (
+            f"router {self.router} {verdict}: held-out logit error {self.before:.3e} "
+            f"-> {self.after:.3e}, top-k overlap {self.before_jaccard:.4f} -> "
+            f"{self.after_jaccard:.4f}"
+        )
+
+
+@dataclass
+class _Heldout:
+    """Errors on the samples that decide."""
+
+    error: StreamingMean = field(default_factory=StreamingMean)
+    overlap: StreamingMean = field(default_factory=StreamingMean)
+
+    def update(self, logits: Tensor, target: Tensor, top_k: int) -> None:
+        self.error.update((logits - target).square())
+        chosen, wanted = (x.topk(top_k, dim=-1).indices for x in (logits, target))
+        self.overlap.update(jaccard(chosen, wanted))
+
+
+@torch.no_grad()
+def refit_router(
+    name: str,
+    router: nn.Module,
+    top_k: int,
+    samples: Iterable[tuple[Tensor, Tensor, Tensor | None]],
+    *,
+    ridge: float = DEFAULT_RIDGE,
+) -> Refit:
+    """Re-fit one router, if samples that take no part in the fit confirm it.
+
+    One sample in eight is held out. The new weight is rounded to the router's dtype
+    before it is judged, and it is kept only if the held-out error falls.
+
+    Args:
+        name: The router's name, for the report.
+        router: `weight` (E, H), optionally `bias` (E,). Only the weight changes; its
+            dtype, shape and device stay.
+        top_k: K.
+        samples: Per calibration sample (X (T, H), Z (T, E), mask): the router's inputs
+            on the quantized path, the full-precision logits, and which tokens count,
+            (T,) or None.
+        ridge: rho as a fraction of the mean diagonal of X^T X, > 0.
+
+    Returns:
+        What happened.
+
+    Raises:
+        ValueError: `ridge` is not positive, or there are fewer than two samples.
+    """
+    weight: Tensor = router.weight  # type: ignore[assignment]
+    sums = RidgeSums(weight.shape[1], weight.shape[0], weight.device)
+    heldout: list[tuple[Tensor, Tensor]] = []
+    count = 0
+    for inputs, target, mask in samples:
+        inputs, target = inputs.to(weight.device), target.to(weight.device)
+        if mask is not None:
+            valid = mask.to(weight.device).bool()
+            inputs, target = inputs[valid], target[valid]
+        count += 1
+        if count % _HELDOUT_EVERY == 2:  # the second, the tenth, ...
+            heldout.append((inputs, target))
+        else:
+            sums.update(inputs, target.float() - router_logits(router, inputs))
+    if count < 2:
+        raise ValueError(
+            f"samples={count}: allowed are 2 or more, one of which decides whether "
+            "the new weight is kept; calibrate on more samples"
+        )
+    old = weight.clone()
+    before, after = _Heldout(), _Heldout()
+    for inputs, target in heldout:
+        before.update(router_logits(router, inputs), target.float(), top_k)
+    weight.copy_((old.double() + sums.solve(ridge)).to(old.dtype))
+    for inputs, target in heldout:
+        after.update(router_logits(router, inputs), target.float(), top_k)
+    applied = after.error.compute() < before.error.compute()
+    if not applied:
+        weight.copy_(old)
+    return Refit(
+        router=name,
+        before=before.error.compute(),
+        after=after.error.compute(),
+        before_jaccard=before.overlap.compute(),
+        after_jaccard=after.overlap.compute(),
+        applied=applied,
+    )
+
+
+@torch.no_grad()
+def realign_routers(
+    q_model: nn.Module,
+    fp_model: nn.Module,
+    samples: Sequence[Tensor],
+    *,
+    ridge: float = DEFAULT_RIDGE,
+) -> tuple[Refit, ...]:
+    """Re-fit the routers of a model that any tool has quantized, in place.
+
+    Routers are re-fitted in order, each on what the ones before it now send. That runs
+    the quantized model up to every router in turn, about (L + 1) / 2 passes over the
+    samples for L MoE layers, and the full-precision model once.
+
+    Args:
+        q_model: The quantized causal language model; its routers change.
+        fp_model: The full-precision model, of the same architecture.
+        samples: Calibration token ids, each (1, S), without padding.
+        ridge: rho as a fraction of the mean diagonal of X^T X, > 0.
+
+    Returns:
+        One report per router, in model order.
+
+    Raises:
+        ValueError: The models' routers differ or there are none, `ridge` is not
+            positive, or there are fewer than two samples.
+    """
+    routers = find_routers(fp_model)
+    if not routers or routers != find_routers(q_model):
+        raise ValueError(
+            f"fp_model has routers {[r.name for r in routers]} and q_model "
+            f"{[r.name for r in find_routers(q_model)]}: allowed are equal ones, and "
+            "at least one"
+        )
+    device = _device(fp_model)
+
+    def keep(_router: Router, logits: Tensor) -> Tensor:
+        return logits.cpu()
+
+    with RouterCapture(fp_model, routers, keep) as capture:
+        for input_ids in samples:
+            fp_model(input_ids=input_ids.to(device))
+        fp_logits = capture.take()
+    device = _device(q_model)
+    reports = []
+    for router in routers:
+        module = q_model.get_submodule(router.name)
+
+        def inputs_of(input_ids: Tensor, module: nn.Module = module) -> Tensor:
+            hidden_states = router_input(
+                module, lambda: q_model(input_ids=input_ids.to(device))
+            )
+            return hidden_states.reshape(-1, hidden_states.shape[-1])
+
+        pairs = zip(samples, fp_logits[router.name], strict=True)
+        streamed = ((inputs_of(ids), target, None) for ids, target in pairs)
+        reports.append(
+            refit_router(router.name, module, router.top_k, streamed, ridge=ridge)
+        )
+    return tuple(reports)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
