@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import tiny
 import vsraq
 from vsraq.cli import _parser, main
 from vsraq.demo import model_path
@@ -138,25 +139,43 @@ def test_the_wheel_has_the_model_and_stays_small(tmp_path):
 
 @pytest.mark.parametrize("scheme", ["W4A16", "NVFP4"])
 def test_the_solar_example(scheme, text_file, tmp_path):
+    output = run_example("quantize_solar.py", scheme, model_path(), text_file, tmp_path)
+    assert "routers=6," in output
+    assert "experts=192" in output
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "NVFP4"])
+def test_the_nemotron_example(scheme, tmp_path):
+    """A tiny hybrid, streamed from disk, exported and verified."""
+    source = tiny.save("nemotron_h", tmp_path / "model")
+    text = tiny.save_text(tmp_path / "text.jsonl", samples=64)
+    output = run_example("quantize_nemotron.py", scheme, source, text, tmp_path)
+    assert "routers=2," in output
+    reach = re.findall(r"next router .*? reaches (\d+) of (\d+) quantized", output)
+    assert len(set(reach)) == 3  # a Mamba, a MoE and an attention layer
+    assert all(reached == quantized != "0" for reached, quantized in reach)
+
+
+def run_example(script, scheme, model, dataset, folder):
     done = subprocess.run(
         [
             sys.executable,
-            ROOT / "examples" / "quantize_solar.py",
+            ROOT / "examples" / script,
             scheme,
-            f"--model={model_path()}",
-            f"--output={tmp_path / 'out'}",
-            f"--dataset={text_file}",
+            f"--model={model}",
+            f"--output={folder / 'out'}",
+            f"--dataset={dataset}",
             "--nsamples=4",
-            "--seqlen=64",
+            "--seqlen=32",
             "--iters=1",
             *(["--group-size=32"] if scheme == "W4A16" else []),
         ],
         capture_output=True,
         text=True,
-        # the example leaves torch.compile at AutoRound's default, which needs g++
+        # the examples leave torch.compile at AutoRound's default, which needs g++
         env=os.environ | {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"},
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Verification(kind=" in done.stdout
-    assert "routers=6, experts=192" in done.stdout
+    return done.stdout + done.stderr
