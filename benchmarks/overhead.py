@@ -2,6 +2,9 @@
 """How much longer VSRAQ tunes than AutoRound: the ratio of their times, in one run.
 
     python benchmarks/overhead.py --scheme W4A16 --repeats 3
+    python benchmarks/overhead.py router_weight=auto next_router_weight=auto
+
+Arguments without a dash are options of VSRAQConfig; without any, its defaults count.
 
 Both quantize the embedded model with the same iterations, data and seed, in turn; the
 ratio of each pair is taken, and the median of the ratios is what counts. With
@@ -12,6 +15,7 @@ import argparse
 import statistics
 
 import torch
+import yaml
 
 from vsraq.demo import model_path
 from vsraq.demo.run import (
@@ -24,10 +28,12 @@ from vsraq.demo.run import (
 from vsraq.recipe import Calibration, Recipe
 
 
-def tuning_seconds(method: str, scheme: str, iters: int, compiled: bool) -> float:
+def tuning_seconds(
+    method: str, scheme: str, iters: int, compiled: bool, options: dict[str, object]
+) -> float:
     algorithm: dict[str, object] = {"iters": iters}
     if method == "vsraq":
-        algorithm["router_weight"] = 1.0
+        algorithm |= options
     recipe = Recipe(
         model=str(model_path()),
         scheme=scheme,
@@ -46,21 +52,23 @@ def tuning_seconds(method: str, scheme: str, iters: int, compiled: bool) -> floa
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("options", nargs="*", metavar="option=value")
     parser.add_argument("--scheme", default="W4A16")
     parser.add_argument("--iters", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--compile", action="store_true", help="under torch.compile")
     arguments = parser.parse_args()
-    tuning_seconds(
-        "auto_round", arguments.scheme, 1, False
-    )  # warm up caches and kernels
+    pairs = (option.partition("=")[::2] for option in arguments.options)
+    options = {name: yaml.safe_load(value) for name, value in pairs}
+    # warm up caches and kernels
+    tuning_seconds("auto_round", arguments.scheme, 1, False, {})
     ratios = []
     for repeat in range(arguments.repeats):
         # alternate who goes first, so that a drift of the machine cancels out
         methods = ["auto_round", "vsraq"][:: 1 if repeat % 2 == 0 else -1]
         seconds = {
             method: tuning_seconds(
-                method, arguments.scheme, arguments.iters, arguments.compile
+                method, arguments.scheme, arguments.iters, arguments.compile, options
             )
             for method in methods
         }

@@ -13,11 +13,13 @@ windows and is AutoRound's seed.
 Models: the embedded one (Solar-Open), and a softmax-routed (Qwen3-MoE) and a hybrid one
 (Nemotron-H) that `examples/train_demo_moe.py` trains on first use. W*A16 models are
 evaluated as tuned, NVFP4 models from their export: AutoRound's arithmetic in memory is
-not the export's.
+not the export's. Seconds are the process's own time on a CPU, which other processes
+change little, and wall time on an accelerator.
 """
 
 import argparse
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -36,6 +38,8 @@ from typing import Any
 import torch
 from auto_round import AutoRound
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.calib_dataset import register_dataset
+from datasets import Dataset
 from torch import Tensor, nn
 
 import vsraq
@@ -47,7 +51,7 @@ from vsraq.realignment import realign_routers
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILT = ROOT / "out" / "models"
-RESULTS = ROOT / "out" / "routing.jsonl"
+RESULTS = Path(__file__).with_name("routing.jsonl")
 WIKITEXT = ROOT.parent / "shared" / "data" / "wikitext-2"
 TRAINING = {
     "qwen3_moe": ["--architecture", "qwen3_moe"],
@@ -57,6 +61,7 @@ MODELS = ("solar_open", *TRAINING)
 SCHEMES = ("W4A16", "W3A16", "W2A16", "NVFP4")
 SEEDS = (0, 1, 2)
 BATCH = 8
+DATASET = "vsraq-benchmark"
 
 # name -> arguments of VSRAQConfig; None is round-to-nearest, {} plain AutoRound
 OWN = {
@@ -92,6 +97,7 @@ class Cell:
     """One run; its fields are the key of its line in the results file."""
 
     model: str
+    weights: str  # hash of the model's file: a model trained anew is another model
     scheme: str
     method: str
     seed: int
@@ -99,7 +105,7 @@ class Cell:
     nsamples: int
 
 
-def load_bench_model(name: str) -> nn.Module:
+def bench_model_path(name: str) -> Path:
     path = model_path() if name == "solar_open" else BUILT / name
     if not path.exists():
         subprocess.run(
@@ -112,13 +118,41 @@ def load_bench_model(name: str) -> nn.Module:
             ],
             check=True,
         )
-    return load_model(path, dtype=torch.float32)
+    return path
+
+
+def load_bench_model(name: str) -> nn.Module:
+    return load_model(bench_model_path(name), dtype=torch.float32)
+
+
+def weights_hash(name: str) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(bench_model_path(name).glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def calibration_windows(count: int, seed: int) -> Tensor:
     pool = token_windows(load_tokenizer(), "calibration", None)
     order = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))
     return pool[order[:count]]
+
+
+def register_windows(windows: Tensor) -> str:
+    """The windows as a named data set of AutoRound's.
+
+    Given as tensors they would get a mask that hides every end-of-text token (it is
+    the padding token too), and hybrids cannot take a mask at all.
+    """
+
+    def load(*_: Any, **__: Any) -> Dataset:
+        masks = torch.ones_like(windows).tolist()
+        return Dataset.from_dict(
+            {"input_ids": windows.tolist(), "attention_mask": masks}
+        )
+
+    register_dataset(DATASET)(load)
+    return DATASET
 
 
 def heldout_texts(windows: int) -> dict[str, Sequence[Tensor]]:
@@ -173,14 +207,14 @@ def run_cell(
     device: str,
     folder: Path,
 ) -> dict[str, Any]:
-    samples = list(calibration_windows(cell.nsamples, cell.seed).split(1))
+    samples = calibration_windows(cell.nsamples, cell.seed)
     config = config_of(cell)
     run = AutoRound(
         load_bench_model(cell.model),
         tokenizer=load_tokenizer(),
         scheme=cell.scheme,
         alg_configs=config,
-        dataset=samples,
+        dataset=register_windows(samples),
         nsamples=cell.nsamples,
         seqlen=SEQLEN,
         batch_size=BATCH,
@@ -191,20 +225,22 @@ def run_cell(
         **({"disable_opt_rtn": True} if config == "rtn" else {}),
     )
     reset_peak_memory(device)
-    started = time.monotonic()
+    clock = time.process_time if device == "cpu" else time.monotonic
+    started = clock()
     q_model, _ = run.quantize()
-    seconds = time.monotonic() - started
+    seconds = clock() - started
     memory = peak_memory(device)
     if cell.scheme == "NVFP4":
         _, path = run.save_quantized(
             folder / "export", format="auto_round", inplace=False, return_folders=True
         )
         q_model = load_model(path, dtype=torch.float32)
-    q_model = q_model.cpu().float()
+    else:
+        q_model = q_model.cpu().float()
     if config == "rtn" and cell.method.endswith(REFIT):
-        started = time.monotonic()
-        realign_routers(q_model, fp_model, samples)
-        seconds += time.monotonic() - started
+        started = clock()
+        realign_routers(q_model, fp_model, list(samples.split(1)))
+        seconds += clock() - started
     result = asdict(cell) | {"device": device, "seconds": seconds, "peak_mib": memory}
     for name, batches in texts.items():
         result[name] = asdict(compare(q_model, fp_model, batches))
@@ -212,12 +248,19 @@ def run_cell(
 
 
 def grid(arguments: argparse.Namespace) -> Iterator[Cell]:
+    hashes = {model: weights_hash(model) for model in arguments.models}
     for seed in arguments.seeds:
         for model in arguments.models:
             for scheme in arguments.schemes:
                 for method in arguments.methods:
                     yield Cell(
-                        model, scheme, method, seed, arguments.iters, arguments.nsamples
+                        model,
+                        hashes[model],
+                        scheme,
+                        method,
+                        seed,
+                        arguments.iters,
+                        arguments.nsamples,
                     )
 
 
@@ -267,7 +310,7 @@ def run_cells(arguments: argparse.Namespace) -> None:
 def start_workers(arguments: argparse.Namespace) -> None:
     """The same command once per worker, each with its share of the cells."""
     for model in arguments.models:
-        load_bench_model(model)  # train once, before the workers would all do it
+        bench_model_path(model)  # train once, before the workers would all do it
     base = [sys.executable, *sys.argv]
     processes = [
         subprocess.Popen([*base, "--worker", str(worker)])

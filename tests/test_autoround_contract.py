@@ -5,6 +5,7 @@ import inspect
 import pytest
 from auto_round.algorithms import composer
 from auto_round.algorithms.base import BaseAlgorithm
+from auto_round.algorithms.block_runner import BlockForwardRunner
 from auto_round.algorithms.quantization.adam_round.adam import AdamRoundQuantizer
 from auto_round.algorithms.quantization.base import BaseQuantizer
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
@@ -19,6 +20,8 @@ from auto_round.algorithms.registry import (
 )
 from auto_round.autoround import _normalize_alg_configs
 from auto_round.compressors.orchestrator import CompressionOrchestrator
+from auto_round.compressors.utils import block_forward
+from auto_round.utils.offload import OffloadManager, load_block_from_model_files
 
 from vsraq import VSRAQConfig
 from vsraq.autoround import VSRAQQuantizer
@@ -120,3 +123,57 @@ def test_nblocks_of_a_config_is_not_read():
     source = inspect.getsource(CompressionOrchestrator._quantize_data_driven)
     assert "nblocks=self.nblocks" in source
     assert "config.nblocks" not in inspect.getsource(CompressionOrchestrator)
+
+
+def test_layers_are_wrapped_before_the_loop_builds_a_graph():
+    """Automatic weights are balanced in between; see VSRAQQuantizer._tuning."""
+    loop = inspect.getsource(SignRoundQuantizer.quantize_block)
+    masks, wrapping = "self._cached_valid_token_mask = ", "self.wrapper_block("
+    assert loop.index(masks) < loop.index(wrapping) < loop.index("self.optimizer(")
+    assert loop.count(wrapping) == 1
+
+
+def test_the_tuned_block_feeds_the_next_one_after_quantize_block():
+    """So a router that is re-fitted at its end takes part."""
+    step = inspect.getsource(composer.AlgorithmComposer.compress_block)
+    assert step.index("self.block_quantizer.quantize_block(") < step.index(
+        "new_q_input = block_forward_fn(block, effective_input, input_others)"
+    )
+
+
+def test_what_the_look_ahead_calls():
+    assert parameters(BlockForwardRunner.select_batch) == [
+        "inputs",
+        "input_others",
+        "indices",
+    ]
+    assert parameters(block_forward) == [
+        "block",
+        "input_ids",
+        "input_others",
+        "amp",
+        "amp_dtype",
+        "device",
+        "output_return_id",
+    ]
+    assert parameters(load_block_from_model_files) == [
+        "model_dir",
+        "block_name",
+        "block",
+    ]
+    offloader = OffloadManager()
+    assert offloader._saved == {}
+    assert offloader.model_dir is None
+    save = inspect.getsource(OffloadManager._save_to_disk)
+    assert 'self._saved[name] = {"save_path": save_path}' in save
+    for name in ("batch_size", "device", "amp", "amp_dtype", "last_output_dict"):
+        assert hasattr(BlockForwardRunner(), name)
+
+
+def test_the_cached_arguments_can_be_adapted_before_the_first_block():
+    """Hybrids: the mask that every block will get is changed in `prepare_run`."""
+    run = inspect.getsource(CompressionOrchestrator._quantize_data_driven)
+    cached, prepare = "self.inputs = all_inputs", "self.alg_composer.prepare_run()"
+    assert run.index(cached) < run.index(prepare) < run.index("_quantize_blocks(")
+    assert "has_variable_block_shape" in run
+    assert isinstance(composer.AlgorithmComposer.has_layerwise_rotation, property)

@@ -18,12 +18,12 @@ only.
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Literal, Self, TypeVar
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vsraq.routers import Router, router_logits
+from vsraq.routers import Router, router_inputs, router_logits
 
 Kept = TypeVar("Kept")
 
@@ -87,8 +87,9 @@ class RouterCapture(Generic[Kept]):
     Args:
         module: The block or model that holds the routers.
         routers: Their descriptions, named relative to `module`.
-        keep: `(router, logits (T, E)) -> anything`, called once per router call; the
-            default keeps the logits as they are, attached to the graph.
+        keep: `(router, values) -> anything`, called once per router call; the default
+            keeps the values as they are, attached to the graph.
+        what: Which values: the router's "logits", (T, E), or its "inputs", (T, H).
 
     Raises:
         ValueError: There is no router to capture.
@@ -99,6 +100,7 @@ class RouterCapture(Generic[Kept]):
         module: nn.Module,
         routers: Sequence[Router],
         keep: Callable[[Router, Tensor], Kept] | None = None,
+        what: Literal["logits", "inputs"] = "logits",
     ) -> None:
         if not routers:
             raise ValueError(
@@ -107,6 +109,7 @@ class RouterCapture(Generic[Kept]):
         self.module = module
         self.routers = tuple(routers)
         self._keep = keep
+        self._read = router_logits if what == "logits" else router_inputs
         self._kept: dict[str, list[Kept]] = {r.name: [] for r in self.routers}
         self._handles: list[RemovableHandle] = []
         # while open; a name may come to mean another module (AutoRound wraps layers)
@@ -166,7 +169,7 @@ class RouterCapture(Generic[Kept]):
         if self._keep is None:
             for name, module in self._modules.items():
                 self._kept[name] += [
-                    router_logits(module, hidden_states)  # type: ignore[misc]
+                    self._read(module, hidden_states)  # type: ignore[misc]
                     for hidden_states in module.__dict__.get(_INPUTS, ())
                 ]
         silent = [name for name, kept in self._kept.items() if not kept]
@@ -200,7 +203,6 @@ class RouterCapture(Generic[Kept]):
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> None:
-            logits = router_logits(module, _input(args, kwargs))
-            kept.append(keep(router, logits))
+            kept.append(keep(router, self._read(module, _input(args, kwargs))))
 
         return hook

@@ -266,6 +266,26 @@ def router_kl(
     return F.kl_div(q_log_p, fp_log_p, reduction="none", log_target=True).sum(-1)
 
 
+def input_mse(q_inputs: Tensor, fp_inputs: Tensor) -> Tensor:
+    """Squared error of the router's input, the normalized hidden states.
+
+    (1/H) sum_h (xq_h - xf_h)^2. The router and the experts of its layer all read this
+    vector, so it stands for more than the logits; no paper has it in this place.
+
+    Args:
+        q_inputs: Inputs of the router on the quantized path, (..., H).
+        fp_inputs: The same in full precision, (..., H).
+
+    Returns:
+        (...), >= 0.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    _check_shapes(q_inputs, fp_inputs)
+    return (_computed(q_inputs) - _computed(fp_inputs)).square().mean(-1)
+
+
 def vsraq_loss(
     q_logits: Tensor,
     fp_logits: FpLogits,

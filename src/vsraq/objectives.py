@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
@@ -19,9 +19,11 @@ from vsraq.losses import (
     TokenLoss,
     boundary_ranks,
     check_hyperparameters,
+    input_mse,
     margin_loss,
     multiplied_ranks,
     pairwise_margin_loss,
+    rank_logits,
     rank_loss,
     router_kl,
     sigmoid_aware_mse,
@@ -29,6 +31,7 @@ from vsraq.losses import (
     vsraq_loss,
 )
 
+Compared: TypeAlias = Literal["logits", "inputs"]
 RanksRead: TypeAlias = Callable[[int, int, Mapping[str, Any]], int]
 
 
@@ -64,6 +67,8 @@ class Objective:
         ranks_read: `(top_k, num_experts, hyperparameters) -> int`, how many
             full-precision ranks the loss reads; capture stores no more than that. The
             default is all experts.
+        compares: What the loss gets of a router: its logits, (..., E), or its inputs,
+            (..., H).
 
     Raises:
         ValueError: The loss has no such hyper-parameter, or its value is not allowed.
@@ -73,6 +78,7 @@ class Objective:
     token_loss: TokenLoss
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     ranks_read: RanksRead = _all_ranks
+    compares: Compared = "logits"
     _takes_top_k: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -97,12 +103,26 @@ class Objective:
         object.__setattr__(self, "_takes_top_k", "top_k" in parameters)
 
     def __call__(self, q_logits: Tensor, fp_logits: FpLogits, *, top_k: int) -> Tensor:
-        """The loss of each token, (..., E) x (..., E) -> (...)."""
+        """The loss of each token, (..., E) x (..., E) -> (...); H for inputs."""
         if self._takes_top_k:
             return self.token_loss(
                 q_logits, fp_logits, top_k=top_k, **self.hyperparameters
             )
         return self.token_loss(q_logits, fp_logits, **self.hyperparameters)
+
+    def target(self, fp_values: Tensor, *, top_k: int) -> FpLogits:
+        """What of full precision this objective reads, detached.
+
+        Args:
+            fp_values: Full-precision logits (T, E), or inputs (T, H).
+            top_k: K of the router.
+
+        Returns:
+            The ranks that the loss reads, or the inputs.
+        """
+        if self.compares == "inputs":
+            return fp_values.detach()
+        return rank_logits(fp_values, self.ranks(top_k, fp_values.shape[-1]))
 
     def ranks(self, top_k: int, num_experts: int) -> int:
         """How many full-precision ranks this objective reads."""
@@ -125,6 +145,7 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
             Objective("margin", margin_loss, {}, _near_boundary),
             Objective("pairwise_margin", pairwise_margin_loss, {}, _near_boundary),
             Objective("router_kl", router_kl, {}, _top_m_ranks),
+            Objective("input_mse", input_mse, compares="inputs"),
         )
     }
 )
@@ -165,4 +186,5 @@ def get_objective(objective: str | Objective, **hyperparameters: Any) -> Objecti
         objective.token_loss,
         dict(objective.hyperparameters) | hyperparameters,
         objective.ranks_read,
+        objective.compares,
     )

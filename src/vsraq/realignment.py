@@ -8,21 +8,32 @@ residual R = Z - (X W^T + b) is regressed on X,
     dW = argmin ||R - X dW^T||^2 + rho ||dW||^2,  rho = ridge * mean diag(X^T X),
 
 and W becomes W + dW. One H x H system per router, from the streamed sums X^T X and
-X^T R. EAC-MoE trains the router by gradient toward the same end.
+X^T R. With weights w (T, E) on the squared errors the system differs by expert,
+X^T diag(w_e) X: E times the memory.
+
+EAC-MoE trains the router by gradient toward the same end.
 
 Shapes: T tokens, E experts, K top-k, H hidden width.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
 from vsraq.capture import RouterCapture, router_input
 from vsraq.metrics import StreamingMean, jaccard
-from vsraq.routers import Router, find_routers, router_logits
+from vsraq.routers import (
+    Router,
+    find_routers,
+    router_logits,
+    select_experts,
+    selection_scores,
+)
 
+Weighting: TypeAlias = Literal["uniform", "top_3k", "boundary"]
 DEFAULT_RIDGE = 1e-3
 _HELDOUT_EVERY = 8  # one calibration sample of 8 decides, the others fit
 
@@ -34,24 +45,41 @@ class RidgeSums:
         hidden: H.
         num_experts: E.
         device: Where the sums are kept and the system is solved.
+        weighted: Whether `update` gets weights; X^T X is then (E, H, H).
     """
 
     def __init__(
-        self, hidden: int, num_experts: int, device: torch.device | str = "cpu"
+        self,
+        hidden: int,
+        num_experts: int,
+        device: torch.device | str = "cpu",
+        *,
+        weighted: bool = False,
     ) -> None:
-        zeros = torch.zeros(
-            hidden, hidden + num_experts, dtype=torch.float64, device=device
+        systems = num_experts if weighted else 1
+        self.gram = torch.zeros(
+            systems, hidden, hidden, dtype=torch.float64, device=device
         )
-        self.gram, self.moment = zeros[:, :hidden], zeros[:, hidden:]
+        self.moment = torch.zeros(
+            num_experts, hidden, dtype=torch.float64, device=device
+        )
 
-    def update(self, inputs: Tensor, residual: Tensor) -> None:
-        """Add tokens: inputs (T, H) and residual logits (T, E)."""
+    def update(
+        self, inputs: Tensor, residual: Tensor, weights: Tensor | None = None
+    ) -> None:
+        """Add tokens: inputs (T, H), residual logits (T, E), their weights (T, E)."""
         # Products of one batch in float32, their sum over the batches in float64:
         # double precision products would cost 60 times as much on most GPUs.
         x = inputs.detach().to(self.gram.device, torch.float32)
         r = residual.detach().to(self.gram.device, torch.float32)
-        self.gram += x.T @ x
-        self.moment += x.T @ r
+        if weights is None:
+            self.gram += x.T @ x
+            self.moment += r.T @ x
+            return
+        w = weights.detach().to(self.gram.device, torch.float32)
+        for expert, own in enumerate(w.T):  # E at once would be T x E x H
+            self.gram[expert] += (x * own[:, None]).T @ x
+        self.moment += (r * w).T @ x
 
     def solve(self, ridge: float = DEFAULT_RIDGE) -> Tensor:
         """The correction dW.
@@ -67,17 +95,54 @@ class RidgeSums:
         """
         if not ridge > 0:
             raise ValueError(f"ridge={ridge!r}: allowed is a number > 0")
-        scale = self.gram.diagonal().mean()
-        if not scale > 0:
+        scale = self.gram.diagonal(dim1=-2, dim2=-1).mean(-1)
+        if not (scale > 0).all():
             raise ValueError(
                 "RidgeSums holds no token, or only zeros: update() it with the "
                 "router's inputs first"
             )
-        regular = self.gram + ridge * scale * torch.eye(
-            len(self.gram), dtype=torch.float64, device=self.gram.device
+        identity = torch.eye(
+            self.gram.shape[-1], dtype=torch.float64, device=self.gram.device
         )
-        factor = torch.linalg.cholesky(regular)
-        return torch.cholesky_solve(self.moment, factor).T
+        factor = torch.linalg.cholesky(
+            self.gram + ridge * scale[:, None, None] * identity
+        )
+        if len(factor) == 1:
+            return torch.cholesky_solve(self.moment.T, factor[0]).T
+        return torch.cholesky_solve(self.moment[:, :, None], factor)[:, :, 0]
+
+
+def error_weights(scores: Tensor, top_k: int, weighting: Weighting) -> Tensor | None:
+    """How much the error of each expert's logit counts, per token.
+
+    Args:
+        scores: Full-precision selection scores, (T, E).
+        top_k: K.
+        weighting: "uniform"; "top_3k", 1 for the first 3K experts and 0.05 for the
+            others; "boundary", 1 at the boundary of the selection and falling with
+            the distance from it: 1 / (1 + 2 |s - m| / (s_1 - m)), m the middle
+            between the K-th and the (K+1)-th score.
+
+    Returns:
+        (T, E), or None for "uniform".
+
+    Raises:
+        ValueError: `weighting` is none of the three.
+    """
+    if weighting == "uniform":
+        return None
+    num_experts = scores.shape[-1]
+    if weighting == "top_3k":
+        ranked = scores.topk(min(3 * top_k, num_experts), dim=-1).indices
+        return torch.full_like(scores, 0.05).scatter_(-1, ranked, 1.0)
+    if weighting == "boundary":
+        ranked = scores.topk(min(top_k + 1, num_experts), dim=-1).values
+        middle = ranked[:, -2:].mean(-1, keepdim=True)
+        spread = (ranked[:, :1] - middle).clamp_min(torch.finfo(scores.dtype).tiny)
+        return 1 / (1 + 2 * (scores - middle).abs() / spread)
+    raise ValueError(
+        f"weighting={weighting!r}: allowed are {', '.join(get_args(Weighting))}"
+    )
 
 
 @dataclass(frozen=True)
@@ -86,9 +151,10 @@ class Refit:
 
     Attributes:
         router: The router's name.
-        before: Mean squared error of the logits, all experts, with the old weight.
+        before: Mean squared error of the logits, weighted as the fit, with the old
+            weight.
         after: The same with the new weight, in the router's own dtype.
-        before_jaccard: Overlap of the K highest logits with full precision.
+        before_jaccard: Overlap of the selected experts with full precision.
         after_jaccard: The same with the new weight.
         applied: Whether the router holds the new weight; False where it does not help.
     """
@@ -105,7 +171,7 @@ class Refit:
         verdict = "re-fitted" if self.applied else "left alone, no gain"
         return (
             f"router {self.router} {verdict}: held-out logit error {self.before:.3e} "
-            f"-> {self.after:.3e}, top-k overlap {self.before_jaccard:.4f} -> "
+            f"-> {self.after:.3e}, Jaccard {self.before_jaccard:.4f} -> "
             f"{self.after_jaccard:.4f}"
         )
 
@@ -117,20 +183,15 @@ class _Heldout:
     error: StreamingMean = field(default_factory=StreamingMean)
     overlap: StreamingMean = field(default_factory=StreamingMean)
 
-    def update(self, logits: Tensor, target: Tensor, top_k: int) -> None:
-        self.error.update((logits - target).square())
-        chosen, wanted = (x.topk(top_k, dim=-1).indices for x in (logits, target))
-        self.overlap.update(jaccard(chosen, wanted))
-
 
 @torch.no_grad()
 def refit_router(
-    name: str,
-    router: nn.Module,
-    top_k: int,
+    router: Router,
+    module: nn.Module,
     samples: Iterable[tuple[Tensor, Tensor, Tensor | None]],
     *,
     ridge: float = DEFAULT_RIDGE,
+    weighting: Weighting = "uniform",
 ) -> Refit:
     """Re-fit one router, if samples that take no part in the fit confirm it.
 
@@ -138,27 +199,41 @@ def refit_router(
     before it is judged, and it is kept only if the held-out error falls.
 
     Args:
-        name: The router's name, for the report.
-        router: `weight` (E, H), optionally `bias` (E,). Only the weight changes; its
+        router: Its description; the report names it by that.
+        module: `weight` (E, H), optionally `bias` (E,). Only the weight changes; its
             dtype, shape and device stay.
-        top_k: K.
         samples: Per calibration sample (X (T, H), Z (T, E), mask): the router's inputs
             on the quantized path, the full-precision logits, and which tokens count,
             (T,) or None.
         ridge: rho as a fraction of the mean diagonal of X^T X, > 0.
+        weighting: Of the errors that are fitted and judged; see `error_weights`.
 
     Returns:
         What happened.
 
     Raises:
-        ValueError: `ridge` is not positive, or there are fewer than two samples.
+        ValueError: `ridge` is not positive, `weighting` is unknown, or there are fewer
+            than two samples.
     """
-    weight: Tensor = router.weight  # type: ignore[assignment]
-    sums = RidgeSums(weight.shape[1], weight.shape[0], weight.device)
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    bias: Tensor | None = None
+    if router.correction_bias is not None:
+        bias = getattr(module, router.correction_bias)
+
+    def weights_of(target: Tensor) -> Tensor | None:
+        scores = selection_scores(router, target, bias)
+        return error_weights(scores, router.top_k, weighting)
+
+    sums = RidgeSums(
+        weight.shape[1],
+        weight.shape[0],
+        weight.device,
+        weighted=weighting != "uniform",
+    )
     heldout: list[tuple[Tensor, Tensor]] = []
     count = 0
     for inputs, target, mask in samples:
-        inputs, target = inputs.to(weight.device), target.to(weight.device)
+        inputs, target = inputs.to(weight.device), target.to(weight.device).float()
         if mask is not None:
             valid = mask.to(weight.device).bool()
             inputs, target = inputs[valid], target[valid]
@@ -166,24 +241,34 @@ def refit_router(
         if count % _HELDOUT_EVERY == 2:  # the second, the tenth, ...
             heldout.append((inputs, target))
         else:
-            sums.update(inputs, target.float() - router_logits(router, inputs))
+            residual = target - router_logits(module, inputs)
+            sums.update(inputs, residual, weights_of(target))
     if count < 2:
         raise ValueError(
             f"samples={count}: allowed are 2 or more, one of which decides whether "
             "the new weight is kept; calibrate on more samples"
         )
+
+    def judge() -> _Heldout:
+        result = _Heldout()
+        for inputs, target in heldout:
+            logits = router_logits(module, inputs)
+            error = (logits - target).square()
+            weights = weights_of(target)
+            result.error.update(error if weights is None else error * weights)
+            chosen, wanted = (select_experts(router, x, bias) for x in (logits, target))
+            result.overlap.update(jaccard(chosen, wanted))
+        return result
+
     old = weight.clone()
-    before, after = _Heldout(), _Heldout()
-    for inputs, target in heldout:
-        before.update(router_logits(router, inputs), target.float(), top_k)
+    before = judge()
     weight.copy_((old.double() + sums.solve(ridge)).to(old.dtype))
-    for inputs, target in heldout:
-        after.update(router_logits(router, inputs), target.float(), top_k)
+    after = judge()
     applied = after.error.compute() < before.error.compute()
     if not applied:
         weight.copy_(old)
     return Refit(
-        router=name,
+        router=router.name,
         before=before.error.compute(),
         after=after.error.compute(),
         before_jaccard=before.overlap.compute(),
@@ -199,6 +284,7 @@ def realign_routers(
     samples: Sequence[Tensor],
     *,
     ridge: float = DEFAULT_RIDGE,
+    weighting: Weighting = "uniform",
 ) -> tuple[Refit, ...]:
     """Re-fit the routers of a model that any tool has quantized, in place.
 
@@ -211,6 +297,7 @@ def realign_routers(
         fp_model: The full-precision model, of the same architecture.
         samples: Calibration token ids, each (1, S), without padding.
         ridge: rho as a fraction of the mean diagonal of X^T X, > 0.
+        weighting: Of the squared errors; see `error_weights`.
 
     Returns:
         One report per router, in model order.
@@ -249,7 +336,7 @@ def realign_routers(
         pairs = zip(samples, fp_logits[router.name], strict=True)
         streamed = ((inputs_of(ids), target, None) for ids, target in pairs)
         reports.append(
-            refit_router(router.name, module, router.top_k, streamed, ridge=ridge)
+            refit_router(router, module, streamed, ridge=ridge, weighting=weighting)
         )
     return tuple(reports)
 

@@ -140,10 +140,41 @@ def router_logits(router: nn.Module, hidden_states: Tensor) -> Tensor:
         )
 
 
+def router_inputs(router: nn.Module, hidden_states: Tensor) -> Tensor:
+    """A router's input as (T, H) in float32; differentiable.
+
+    Args:
+        router: The router module.
+        hidden_states: Its input, (..., H).
+    """
+    weight: Tensor = router.weight  # type: ignore[assignment]
+    return hidden_states.reshape(-1, weight.shape[-1]).float()
+
+
 def select_experts(
     router: Router, logits: Tensor, correction_bias: Tensor | None = None
 ) -> Tensor:
     """The experts that the router really chooses, best first.
+
+    Args:
+        router: Its description.
+        logits: Raw logits, (..., E).
+        correction_bias: (E,), required if the router has one.
+
+    Returns:
+        Expert indices, int64, (..., K).
+
+    Raises:
+        ValueError: The correction bias is missing.
+    """
+    scores = selection_scores(router, logits, correction_bias)
+    return scores.topk(router.top_k, dim=-1).indices
+
+
+def selection_scores(
+    router: Router, logits: Tensor, correction_bias: Tensor | None = None
+) -> Tensor:
+    """The scores by which the router chooses.
 
     Scores are sigmoid or softmax of the logits, plus the correction bias; with groups,
     the `topk_groups` groups with the highest sum of their two best scores compete
@@ -155,7 +186,7 @@ def select_experts(
         correction_bias: (E,), required if the router has one.
 
     Returns:
-        Expert indices, int64, (..., K).
+        (..., E), float32; -inf for experts of groups that were not chosen.
 
     Raises:
         ValueError: The correction bias is missing.
@@ -178,7 +209,7 @@ def select_experts(
         allowed = torch.zeros_like(group_scores, dtype=torch.bool)
         allowed.scatter_(-1, chosen, True)
         scores = grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).flatten(-2)
-    return scores.topk(router.top_k, dim=-1).indices
+    return scores
 
 
 def expert_containers(module: nn.Module, routers: Iterable[Router]) -> tuple[str, ...]:

@@ -2,12 +2,13 @@
 """`VSRAQConfig`: AutoRound's SignRound configuration plus a router objective."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 
 from vsraq.autoround.terms import Weight
 from vsraq.objectives import Objective, get_objective
+from vsraq.realignment import Weighting
 
 DEFAULT_LOOKAHEAD = 2
 DEFAULT_AUTO_RATIO = 0.1
@@ -53,6 +54,8 @@ class VSRAQConfig(SignRoundConfig):
         realign_routers: Re-fit each router after its block is tuned.
         realign_ridge: Ridge of the re-fit, as a fraction of the mean diagonal of
             X^T X; None is 1e-3.
+        realign_weighting: Which errors of the logits it fits: "uniform" (None),
+            "top_3k" or "boundary"; see `vsraq.realignment.error_weights`.
         multiplier: Of `topk_mse`: how many times K ranks count, or "all".
         boundary: Of `vsraq`, `margin` and `pairwise_margin`: b.
         alpha: Of `vsraq`: share of the sigmoid-aware term.
@@ -85,6 +88,7 @@ class VSRAQConfig(SignRoundConfig):
         auto_ratio: float | None = None,
         realign_routers: bool = False,
         realign_ridge: float | None = None,
+        realign_weighting: Weighting | None = None,
         multiplier: int | Literal["all"] | None = None,
         boundary: int | None = None,
         alpha: float | None = None,
@@ -113,6 +117,7 @@ class VSRAQConfig(SignRoundConfig):
         self.auto_ratio = auto_ratio
         self.realign_routers = realign_routers
         self.realign_ridge = realign_ridge
+        self.realign_weighting = realign_weighting
         self.multiplier = multiplier
         self.boundary = boundary
         self.alpha = alpha
@@ -173,6 +178,12 @@ class VSRAQConfig(SignRoundConfig):
             raise ValueError(
                 f"realign_routers={self.realign_routers!r}: allowed is True or False"
             )
+        weighting = self.realign_weighting
+        if weighting is not None and weighting not in get_args(Weighting):
+            raise ValueError(
+                f"realign_weighting={weighting!r}: allowed are "
+                f"{', '.join(get_args(Weighting))}"
+            )
         if self.enable_lfq:
             raise ValueError(
                 "enable_lfq=True: it replaces the loss of the last block and so drops "
@@ -205,6 +216,7 @@ class VSRAQConfig(SignRoundConfig):
             ("lookahead", next_router, "a next_router_weight"),
             ("auto_ratio", "auto" in weights, 'a weight of "auto"'),
             ("realign_ridge", self.realign_routers, "realign_routers=True"),
+            ("realign_weighting", self.realign_routers, "realign_routers=True"),
         ):
             value = getattr(self, name)
             if value is not None and not has_effect:

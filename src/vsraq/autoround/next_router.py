@@ -23,7 +23,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from vsraq.capture import router_input
-from vsraq.routers import Router, expert_containers, router_logits
+from vsraq.objectives import Compared
+from vsraq.routers import Router, expert_containers, router_inputs, router_logits
 
 
 class _NotLoaded(nn.Module):
@@ -55,18 +56,23 @@ class NextRouter:
         self._blocks = tuple(blocks)
         self._runner = runner
 
-    def logits(
-        self, hidden_states: Tensor, input_others: dict[str, Any], samples: list[int]
+    def values(
+        self,
+        hidden_states: Tensor,
+        input_others: dict[str, Any],
+        samples: list[int],
+        what: Compared,
     ) -> Tensor:
-        """The router's logits, differentiable in `hidden_states`.
+        """The router's logits or inputs, differentiable in `hidden_states`.
 
         Args:
             hidden_states: Output of the tuned block, (B, S, H).
             input_others: What AutoRound has cached for the blocks of this model.
             samples: Which B calibration samples these are.
+            what: "logits" or "inputs".
 
         Returns:
-            (B * S, E), float32.
+            (B * S, E) or (B * S, H), float32.
         """
         device = self._runner.device
         _, others = self._runner.select_batch({}, input_others, torch.tensor(samples))
@@ -90,7 +96,8 @@ class NextRouter:
         last = self._blocks[-1]
         module = last.get_submodule(self.router.name)
         inputs = router_input(module, lambda: forward(last, hidden_states))
-        return router_logits(module, inputs)
+        read = router_logits if what == "logits" else router_inputs
+        return read(module, inputs)
 
 
 def find_next_router(

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tuning loop of AutoRound with a router term in its block loss.
+"""The tuning loop of AutoRound with router terms in its block loss.
 
 Seams of AutoRound 0.16 used here, each pinned by a contract test: `prepare_run`,
-`register_fp_input_forward_hooks`, `quantize_block`, `_get_loss`, `_step`,
-`finalize_run`. Nothing is patched.
+`register_fp_input_forward_hooks`, `quantize_block`, `wrapper_block`, `_get_loss`,
+`_step`, `finalize_run`. Nothing is patched.
 """
 
+import copy
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,10 +22,11 @@ from auto_round.algorithms.quantization.sign_roundv2.quantizer import (
     SignRoundV2Quantizer,
 )
 from auto_round.algorithms.registry import register_pipeline_member
-from auto_round.utils import check_to_quantized, get_block_names
+from auto_round.utils import get_block_names
 from torch import Tensor, nn
 
 from vsraq.autoround.balance import balance_terms
+from vsraq.autoround.checks import check_next_router, check_router, within_reach
 from vsraq.autoround.config import (
     DEFAULT_AUTO_RATIO,
     DEFAULT_LOOKAHEAD,
@@ -44,13 +47,13 @@ from vsraq.autoround.terms import (
     split_samples,
 )
 from vsraq.capture import RouterCapture, router_input
-from vsraq.losses import RankedLogits, rank_logits
+from vsraq.losses import FpLogits, RankedLogits, rank_logits
 from vsraq.realignment import DEFAULT_RIDGE, refit_router
 from vsraq.routers import (
     Router,
     declared_router_classes,
-    expert_containers,
     find_routers,
+    router_logits,
 )
 
 if TYPE_CHECKING:
@@ -74,7 +77,7 @@ class _CaptureHandle:
     block that it was compiled for. One forward pass of many, so it costs little.
     """
 
-    def __init__(self, capture: RouterCapture[RankedLogits]) -> None:
+    def __init__(self, capture: RouterCapture[FpLogits]) -> None:
         self._stack = ExitStack()
         self._stack.enter_context(_eager())
         self._stack.callback(capture.close)
@@ -110,7 +113,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
         self._seed: int | None = None
         self._layer_config: Any = None
         self._router_classes: tuple[type, ...] = ()
-        self._fp_capture: RouterCapture[RankedLogits] | None = None
+        self._fp_capture: RouterCapture[FpLogits] | None = None
         self._run: BlockRun | None = None
 
     @property
@@ -174,7 +177,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 "SignRoundConfig for a dense one"
             )
         for router in routers:
-            self._check_router(router)
+            check_router(self.model, router, (self._objective, self._next_objective))
         self._routers = {router.name: router for router in routers}
         if self.compress_context.enable_torch_compile:
             # Code compiled for an earlier run of this process knows no router hook,
@@ -186,9 +189,18 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 "states of shape (batch, sequence, hidden)"
             )
         if self.config.next_router_weight != 0:
-            self._check_next_router(composer)
-        elif self.config.router_weight != 0:
-            self._warn_if_out_of_reach()
+            check_next_router(
+                self.config.next_router_weight, self._orchestrator, composer
+            )
+        elif self.config.router_weight != 0 and not within_reach(self.model, routers):
+            logger.warning(
+                "vsraq: router_weight=%s: in no MoE block of %s does a quantized layer "
+                "stand before the router, so the router loss tunes nothing, and the "
+                'run equals AutoRound\'s own; pass next_router_weight="auto", which '
+                "reaches the layers before a MoE block and its experts",
+                self.config.router_weight,
+                type(self.model).__name__,
+            )
         if self.config.realign_routers and hasattr(self.model, "config"):
             # travels with the export, so that `verify` expects other routers
             self.model.config.vsraq = {"realign_routers": True}
@@ -202,65 +214,6 @@ class VSRAQQuantizer(SignRoundQuantizer):
             self._next_objective,
             self.config.realign_routers,
         )
-
-    def _check_next_router(self, composer: "AlgorithmComposer | None") -> None:
-        refused = f"next_router_weight={self.config.next_router_weight}: "
-        if composer is not None and composer.has_layerwise_rotation:
-            raise NotImplementedError(
-                f"{refused}with layer-wise rotation the next block is not rotated yet "
-                "while this one is tuned; allowed is 0, or a rotation of the whole "
-                "model (layerwise=False)"
-            )
-        if self._orchestrator.has_variable_block_shape:
-            raise NotImplementedError(
-                f"{refused}every block of {type(self.model).__name__} takes arguments "
-                "of its own, and AutoRound has not cached the next block's while this "
-                "one is tuned; allowed is 0"
-            )
-
-    def _warn_if_out_of_reach(self) -> None:
-        """Say before hours are spent that no block's router can be aligned."""
-        for group in get_block_names(self.model):
-            for name in group:
-                for router in self._routers.values():
-                    if router.name.startswith(f"{name}.") and self._reachable(
-                        name, router
-                    ):
-                        return
-        logger.warning(
-            "vsraq: router_weight=%s: in no MoE block of %s does a quantized layer "
-            "stand before the router, so the router loss tunes nothing, and the run "
-            'equals AutoRound\'s own; pass next_router_weight="auto", which reaches '
-            "the layers before a MoE block and its experts",
-            self.config.router_weight,
-            type(self.model).__name__,
-        )
-
-    def _reachable(self, block_name: str, router: Router) -> bool:
-        """Whether the block quantizes a layer outside the router's MoE layer."""
-        containers = expert_containers(self.model, [router])
-        moe_layers = {name.rpartition(".")[0] for name in containers}
-        block = self.model.get_submodule(block_name)
-        return any(
-            check_to_quantized(module)
-            and not any(f"{block_name}.{name}".startswith(f"{m}.") for m in moe_layers)
-            for name, module in block.named_modules()
-            if isinstance(module, nn.Linear)
-        )
-
-    def _check_router(self, router: Router) -> None:
-        if check_to_quantized(self.model.get_submodule(router.name)):
-            raise ValueError(
-                f"router {router.name}: it is among the layers to quantize; allowed "
-                f"are routers in full precision, so pass ignore_layers={router.name!r}"
-            )
-        for objective in (self._objective, self._next_objective):
-            ranks = objective.ranks(router.top_k, router.num_experts)
-            if not max(router.top_k, 1) <= router.num_experts >= ranks:
-                raise ValueError(
-                    f"objective {objective} reads {ranks} ranks of router "
-                    f"{router.name}: allowed is 1 to its {router.num_experts} experts"
-                )
 
     def finalize_run(self) -> None:
         """Drop what a run left behind; safe to call twice."""
@@ -287,23 +240,22 @@ class VSRAQQuantizer(SignRoundQuantizer):
 
     def _open_fp_capture(
         self, block: nn.Module, routers: Sequence[Router]
-    ) -> RouterCapture[RankedLogits]:
+    ) -> RouterCapture[FpLogits]:
         cache_device = self.compress_context.cache_device
 
-        def keep(router: Router, logits: Tensor) -> RankedLogits:
-            ranks = self._objective.ranks(router.top_k, router.num_experts)
-            if self.config.realign_routers:
-                ranks = router.num_experts
-            return rank_logits(logits, ranks).to(cache_device)
+        def keep(router: Router, values: Tensor) -> FpLogits:
+            if self.config.realign_routers and self._objective.compares == "logits":
+                return rank_logits(values).to(cache_device)
+            return self._objective.target(values, top_k=router.top_k).to(cache_device)
 
-        return RouterCapture(block, routers, keep).open()
+        return RouterCapture(block, routers, keep, self._objective.compares).open()
 
     def _drop_fp_capture(self) -> None:
         if self._fp_capture is not None:
             self._fp_capture.close()
             self._fp_capture = None
 
-    def _take_fp_ranks(
+    def _take_fp_targets(
         self,
         name: str,
         block: nn.Module,
@@ -311,8 +263,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
         input_others: dict[str, Any],
         fp_outputs: Sequence[Tensor],
         q_inputs: Any,
-    ) -> dict[str, list[RankedLogits]]:
-        """Full-precision ranks of every router, split by sample."""
+    ) -> dict[str, list[FpLogits]]:
+        """What every router has in full precision, split by sample."""
         capture = self._fp_capture
         self._fp_capture = None
         if capture is None:
@@ -373,16 +325,18 @@ class VSRAQQuantizer(SignRoundQuantizer):
         routers = self._routers_of(block)
         use_q = q_inputs is not None and self.enable_quanted_input
         inputs = q_inputs if use_q else fp_inputs
-        fp_ranks = {}
+        fp_targets = {}
         if self._fp_capture is not None:
-            fp_ranks = self._take_fp_ranks(
+            fp_targets = self._take_fp_targets(
                 name, block, fp_inputs, input_others, fp_outputs, q_inputs
             )
         with ExitStack() as stack:
             terms = []
             if routers and self.config.router_weight != 0:
-                capture = stack.enter_context(RouterCapture[Tensor](block, routers))
-                terms.append(self._own_term(routers, fp_ranks, capture))
+                capture = stack.enter_context(
+                    RouterCapture[Tensor](block, routers, what=self._objective.compares)
+                )
+                terms.append(self._own_term(routers, fp_targets, capture))
             if self.config.next_router_weight != 0:
                 next_router = self._next_router(name, block_ctx.block_names[-1])
                 if next_router is not None:
@@ -396,16 +350,16 @@ class VSRAQQuantizer(SignRoundQuantizer):
             self._log(run)
         if self.config.realign_routers:
             for router in routers:
-                self._refit(name, block, router, fp_ranks, inputs, input_others)
+                self._refit(name, block, router, fp_targets, inputs, input_others)
         return best_params
 
     def _own_term(
         self,
         routers: Sequence[Router],
-        fp_ranks: dict[str, list[RankedLogits]],
+        fp_targets: dict[str, list[FpLogits]],
         capture: RouterCapture[Tensor],
     ) -> RouterTerm:
-        def q_logits(_output: Tensor, _samples: list[int]) -> dict[str, Tensor]:
+        def q_values(_output: Tensor, _samples: list[int]) -> dict[str, Tensor]:
             return {name: torch.cat(kept) for name, kept in capture.take().items()}
 
         return RouterTerm(
@@ -413,8 +367,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
             self._objective,
             self.config.router_weight,
             routers,
-            fp_ranks,
-            q_logits,
+            fp_targets,
+            q_values,
         )
 
     def _next_router(self, name: str, last_block: str) -> NextRouter | None:
@@ -462,7 +416,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
         input_others: dict[str, Any],
     ) -> RouterTerm:
         router = next_router.router
-        ranks = self._next_objective.ranks(router.top_k, router.num_experts)
+        objective = self._next_objective
         cache_device = self.compress_context.cache_device
         batch_size = self.block_forward.batch_size
         kept = []
@@ -470,20 +424,26 @@ class VSRAQQuantizer(SignRoundQuantizer):
             for start in range(0, len(fp_outputs), batch_size):
                 samples = list(range(len(fp_outputs)))[start : start + batch_size]
                 output = torch.cat([fp_outputs[i] for i in samples])
-                logits = next_router.logits(output, input_others, samples)
-                kept.append(rank_logits(logits, ranks).to(cache_device))
+                values = next_router.values(
+                    output, input_others, samples, objective.compares
+                )
+                target = objective.target(values, top_k=router.top_k)
+                kept.append(target.to(cache_device))
         tokens = [output.numel() // output.shape[-1] for output in fp_outputs]
 
-        def q_logits(output: Tensor, samples: list[int]) -> dict[str, Tensor]:
-            return {router.name: next_router.logits(output, input_others, samples)}
+        def q_values(output: Tensor, samples: list[int]) -> dict[str, Tensor]:
+            values = next_router.values(
+                output, input_others, samples, objective.compares
+            )
+            return {router.name: values}
 
         return RouterTerm(
             NEXT_ROUTER,
-            self._next_objective,
+            objective,
             self.config.next_router_weight,
             (router,),
             {router.name: split_samples(router.name, router.name, kept, tokens)},
-            q_logits,
+            q_values,
         )
 
     @contextmanager
@@ -567,15 +527,21 @@ class VSRAQQuantizer(SignRoundQuantizer):
         name: str,
         block: nn.Module,
         router: Router,
-        fp_ranks: dict[str, list[RankedLogits]],
+        fp_targets: dict[str, list[FpLogits]],
         inputs: Any,
         input_others: dict[str, Any],
     ) -> None:
         """Re-fit one router of the tuned block, before its output feeds the next."""
         module = block.get_submodule(router.name)
-        targets = fp_ranks[router.name]
+        targets = fp_targets[router.name]
         mask = getattr(self, "_cached_valid_token_mask", None)
         batch_size = self.block_forward.batch_size
+        fp_router = copy.deepcopy(module)
+
+        def logits_of(target: FpLogits) -> Tensor:
+            if isinstance(target, RankedLogits):
+                return target.logits()
+            return router_logits(fp_router, target)
 
         def samples() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
             for start in range(0, len(targets), batch_size):
@@ -586,18 +552,18 @@ class VSRAQQuantizer(SignRoundQuantizer):
                         block, inputs, input_others, torch.tensor(batch)
                     ),
                 )
-                tokens = [len(targets[i].values) for i in batch]
+                tokens = [len(logits_of(targets[i])) for i in batch]
                 flat = hidden_states.reshape(-1, hidden_states.shape[-1])
                 for i, own in zip(batch, flat.split(tokens), strict=True):
-                    yield own, targets[i].logits(), self._mask(mask, [i])
+                    yield own, logits_of(targets[i]), self._mask(mask, [i])
 
         with torch.no_grad(), _eager():
             refit = refit_router(
-                f"{name}.{router.name}",
+                replace(router, name=f"{name}.{router.name}"),
                 module,
-                router.top_k,
                 samples(),
                 ridge=self.config.realign_ridge or DEFAULT_RIDGE,
+                weighting=self.config.realign_weighting or "uniform",
             )
         logger.info("vsraq: %s", refit)
 

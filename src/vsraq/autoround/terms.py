@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The router losses of the block that is being tuned, and what they did.
 
-A block has up to two terms: its own routers, and the next router. Both compare logits
-of the micro-batch with the full-precision ranks of the same samples.
+A block has up to two terms: its own routers, and the next router. Both compare the
+micro-batch with what the same samples have in full precision.
 """
 
 import math
@@ -13,14 +13,15 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from vsraq.losses import RankedLogits, reduce_tokens
+from vsraq.losses import FpLogits, RankedLogits, reduce_tokens
 from vsraq.objectives import Objective
 from vsraq.routers import Router
 
 Weight: TypeAlias = float | Literal["auto"]
 OWN_ROUTER, NEXT_ROUTER = "router", "next router"
-# (output of the block, samples of the micro-batch) -> logits (T, E) by router name
-QLogits: TypeAlias = Callable[[Tensor, list[int]], Mapping[str, Tensor]]
+# (output of the block, samples of the micro-batch) -> logits (T, E), or inputs (T, H),
+# by router name
+QValues: TypeAlias = Callable[[Tensor, list[int]], Mapping[str, Tensor]]
 
 
 @dataclass
@@ -33,8 +34,8 @@ class RouterTerm:
         weight: Its weight beside the mean reconstruction error; "auto" until it has
             been balanced.
         routers: The routers it compares.
-        fp_ranks: By router name, the full-precision ranks of each sample.
-        q_logits: How the logits of a micro-batch are got.
+        fp_targets: By router name, what each sample has in full precision.
+        q_values: How the logits, or inputs, of a micro-batch are got.
         reached: Quantized layers of the block that the term depends on.
         reaches_something: Whether any tuned parameter depends on it.
     """
@@ -43,8 +44,8 @@ class RouterTerm:
     objective: Objective
     weight: Weight
     routers: Sequence[Router]
-    fp_ranks: Mapping[str, list[RankedLogits]]
-    q_logits: QLogits
+    fp_targets: Mapping[str, list[FpLogits]]
+    q_values: QValues
     reached: int = 0
     reaches_something: bool = False
 
@@ -59,12 +60,12 @@ class RouterTerm:
         Returns:
             A scalar on the device of `output`.
         """
-        q_logits = self.q_logits(output, samples)
+        q_values = self.q_values(output, samples)
         losses = []
         for router in self.routers:
-            q = q_logits[router.name]
-            fp_ranks = self.fp_ranks[router.name]
-            fp = concatenate([fp_ranks[i] for i in samples]).to(q.device)
+            q = q_values[router.name]
+            targets = self.fp_targets[router.name]
+            fp = concatenate([targets[i] for i in samples]).to(q.device)
             loss = self.objective(q, fp, top_k=router.top_k)
             device_mask = None if mask is None else mask.to(loss.device)
             losses.append(reduce_tokens(loss, device_mask).to(output.device))
@@ -151,40 +152,44 @@ class BlockRun:
 
 
 def split_samples(
-    block: str, router: str, calls: Sequence[RankedLogits], tokens: Sequence[int]
-) -> list[RankedLogits]:
-    """The ranks of each calibration sample, from those of each router call.
+    block: str, router: str, calls: Sequence[FpLogits], tokens: Sequence[int]
+) -> list[FpLogits]:
+    """The target of each calibration sample, from those of each router call.
 
     Raises:
-        RuntimeError: The router saw other tokens than the block, or its logits are not
+        RuntimeError: The router saw other tokens than the block, or its values are not
             finite.
     """
-    ranks = concatenate(calls)
-    captured = ranks.values.shape[0]
-    if captured != sum(tokens):
+    target = concatenate(calls)
+    values = target if isinstance(target, Tensor) else target.values
+    if len(values) != sum(tokens):
         raise RuntimeError(
-            f"block {block}: router {router} saw {captured} tokens, the block "
+            f"block {block}: router {router} saw {len(values)} tokens, the block "
             f"{sum(tokens)}; allowed is every token exactly once"
         )
-    if not torch.isfinite(ranks.values).all():
+    if not torch.isfinite(values).all():
         raise RuntimeError(
-            f"block {block}: router {router} has non-finite full-precision logits; "
+            f"block {block}: router {router} has non-finite full-precision values; "
             "look for inf or NaN in the model's weights or the calibration inputs"
         )
+    own = values.split(list(tokens))
+    if isinstance(target, Tensor):
+        return list(own)
+    indices = target.indices.split(list(tokens))
     return [
-        RankedLogits(values, indices, ranks.num_experts)
-        for values, indices in zip(
-            ranks.values.split(list(tokens)),
-            ranks.indices.split(list(tokens)),
-            strict=True,
-        )
+        RankedLogits(v, i, target.num_experts)
+        for v, i in zip(own, indices, strict=True)
     ]
 
 
-def concatenate(parts: Sequence[RankedLogits]) -> RankedLogits:
-    """The ranks of several calls or samples, one behind the other."""
+def concatenate(parts: Sequence[FpLogits]) -> FpLogits:
+    """The targets of several calls or samples, one behind the other."""
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    if tensors:
+        return torch.cat(tensors)
+    ranks = [part for part in parts if isinstance(part, RankedLogits)]
     return RankedLogits(
-        torch.cat([part.values for part in parts]),
-        torch.cat([part.indices for part in parts]),
-        parts[0].num_experts,
+        torch.cat([part.values for part in ranks]),
+        torch.cat([part.indices for part in ranks]),
+        ranks[0].num_experts,
     )
