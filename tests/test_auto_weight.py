@@ -182,6 +182,11 @@ def test_with_the_variants_of_the_loop(option, quantize, vsraq_log):
         ),
         ({"realign_ridge": 0.1}, r"no effect without realign_routers=True"),
         ({"realign_routers": True, "realign_ridge": 0}, r"realign_ridge=0: allowed"),
+        ({"realign_weighting": "boundary"}, r"no effect without realign_routers=True"),
+        (
+            {"realign_routers": True, "realign_weighting": "top"},
+            r"realign_weighting='top': allowed are uniform, top_3k, boundary",
+        ),
         ({"realign_routers": 1}, r"realign_routers=1: allowed is True or False"),
     ],
 )

@@ -4,6 +4,8 @@ import pytest
 import torch
 from auto_round import AutoRound
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.calib_dataset import CALIB_DATASETS
+from datasets import Dataset
 
 import tiny
 from test_autoround import same, weights
@@ -65,25 +67,24 @@ def test_a_model_of_one_kind_keeps_its_mask():
     assert adapted(tiny.tiny_model("solar_open"), {"attention_mask": cached}) is cached
 
 
-def test_tensors_and_a_file_give_the_same_weights(quantize, tmp_path):
-    """AutoRound crashes on the one, which carries a mask, and runs on the other."""
+def test_tensors_give_the_same_weights_as_a_data_set(quantize, monkeypatch):
+    """AutoRound crashes on tensors, which get a mask, and runs on a named data set."""
     options = {"iters": 2, "not_use_best_mse": True}
     with pytest.raises(RuntimeError, match="Expected attn_mask dtype"):
         quantize(tiny.tiny_model("nemotron_h"), SignRoundConfig(**options))
-    path = tiny.save_text(tmp_path / "text.jsonl")
-    config = VSRAQConfig(**options, router_weight=0)
-    run, from_file = quantize(tiny.tiny_model("nemotron_h"), config, dataset=path)
-    ids = [batch["input_ids"] for batch in run.calibration.dataloader]
-    samples = [row.unsqueeze(0) for batch in ids for row in batch][:8]
-    _, from_tensors = quantize(
-        tiny.tiny_model("nemotron_h"),
-        VSRAQConfig(**options, router_weight=0),
-        dataset=samples,
+    ids = torch.cat(tiny.calibration()).tolist()
+    masks = [[1] * tiny.SEQLEN] * len(ids)
+
+    def load(*args, **kwargs):
+        return Dataset.from_dict({"input_ids": ids, "attention_mask": masks})
+
+    monkeypatch.setitem(CALIB_DATASETS, "tiny", load)
+    _, plain = quantize(
+        tiny.tiny_model("nemotron_h"), SignRoundConfig(**options), dataset="tiny"
     )
-    plain = SignRoundConfig(**options)
-    _, of_autoround = quantize(tiny.tiny_model("nemotron_h"), plain, dataset=path)
-    assert same(weights(of_autoround), weights(from_file))
-    assert weights(from_tensors).keys() == weights(from_file).keys()
+    config = VSRAQConfig(**options, router_weight=0)
+    _, from_tensors = quantize(tiny.tiny_model("nemotron_h"), config)
+    assert same(weights(plain), weights(from_tensors))
 
 
 def test_left_padding_is_refused_before_the_first_block():

@@ -299,3 +299,16 @@ def test_mask_of_another_shape_is_refused():
 def test_ranks_outside_the_experts_are_refused(ranks):
     with pytest.raises(ValueError, match=f"ranks={ranks}: allowed is 1 to"):
         rank_logits(torch.zeros(E), ranks)
+
+
+def test_the_error_of_a_routers_input(logits):
+    q, fp = logits
+    expected = [
+        reference.topk_mse(a, b, top_k=1, multiplier="all")
+        for a, b in zip(q.tolist(), fp.tolist(), strict=True)
+    ]
+    actual = losses.input_mse(q, fp)
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64))
+    assert losses.input_mse(fp, fp).eq(0).all()
+    with pytest.raises(ValueError, match="shape"):
+        losses.input_mse(q[:, 1:], fp)

@@ -48,12 +48,37 @@ def test_targets_are_what_the_next_block_itself_captures(family, quantize, terms
         position = next(
             i for i, r in enumerate(routers) if int(r.name.split(".")[2]) > index
         )
-        (expected,) = own[position].fp_ranks.values()
-        (actual,) = term.fp_ranks.values()
+        (expected,) = own[position].fp_targets.values()
+        (actual,) = term.fp_targets.values()
         assert len(actual) == len(expected) == 8
         for a, e in zip(actual, expected, strict=True):
             assert isinstance(a, RankedLogits)
             torch.testing.assert_close(a.logits(), e.logits(), atol=1e-4, rtol=1e-4)
+
+
+def test_the_input_of_a_router_as_objective(quantize, terms, vsraq_log):
+    """Own and next compare hidden states, and re-fitting still has its logits."""
+    config = VSRAQConfig(
+        iters=20,
+        objective="input_mse",
+        router_weight=1.0,
+        next_router_weight=1.0,
+        realign_routers=True,
+    )
+    quantize(tiny.tiny_model("solar_open"), config, amp=False)
+    (own, ahead), (after,) = (list(t.values()) for _, t in terms)
+    hidden = tiny.CONFIGS["solar_open"]().hidden_size
+    for target, expected in zip(
+        ahead.fp_targets["mlp.gate"], after.fp_targets["mlp.gate"], strict=True
+    ):
+        assert target.shape == (tiny.SEQLEN, hidden)
+        torch.testing.assert_close(target, expected, atol=1e-4, rtol=1e-4)
+    assert own.fp_targets["mlp.gate"][0].shape == (tiny.SEQLEN, hidden)
+    first, last = block_lines(vsraq_log)
+    assert float(first["z1"]) < float(first["z0"])
+    assert float(first["n1"]) < float(first["n0"])
+    assert last["n0"] is None
+    assert sum("held-out logit error" in m for m in vsraq_log) == 2
 
 
 def test_the_next_router_reaches_the_experts(quantize, vsraq_log):

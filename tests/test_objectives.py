@@ -12,9 +12,12 @@ E, K = 12, 3
 def test_a_named_objective_reads_no_more_ranks_than_it_says(name):
     objective = get_objective(name)
     fp, q = torch.randn(5, E), torch.randn(5, E)
-    ranks = objective.ranks(K, E)
-    from_ranks = objective(q, rank_logits(fp, ranks), top_k=K)
-    assert torch.equal(from_ranks, objective(q, fp, top_k=K))
+    target = objective.target(fp, top_k=K)
+    assert torch.equal(objective(q, target, top_k=K), objective(q, fp, top_k=K))
+    if objective.compares == "inputs":
+        assert torch.equal(target, fp)
+    else:
+        assert target.values.shape == (5, objective.ranks(K, E))
 
 
 def test_names_are_the_losses_with_the_papers_values():
@@ -28,6 +31,7 @@ def test_names_are_the_losses_with_the_papers_values():
         "margin": losses.margin_loss(q, fp, top_k=K),
         "pairwise_margin": losses.pairwise_margin_loss(q, fp, top_k=K),
         "router_kl": losses.router_kl(q, fp),
+        "input_mse": losses.input_mse(q, fp),
     }
     assert expected.keys() == OBJECTIVES.keys()
     for name, value in expected.items():

@@ -22,7 +22,7 @@ MANY = {"dataset": tiny.calibration(samples=64), "nsamples": 64}
 ROUTER = "model.layers.0.mlp.gate"
 REFIT_LINE = re.compile(
     r"vsraq: router (\S+) (re-fitted|left alone, no gain): held-out logit error "
-    r"(\S+) -> (\S+), top-k overlap (\S+) -> (\S+)$"
+    r"(\S+) -> (\S+), Jaccard (\S+) -> (\S+)$"
 )
 
 

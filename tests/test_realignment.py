@@ -9,15 +9,24 @@ from torch import nn
 
 import tiny
 from vsraq.capture import RouterCapture
-from vsraq.realignment import RidgeSums, realign_routers, refit_router
-from vsraq.routers import find_routers, router_logits
+from vsraq.realignment import (
+    RidgeSums,
+    error_weights,
+    realign_routers,
+    refit_router,
+)
+from vsraq.routers import Router, find_routers, router_logits, select_experts
 
 HIDDEN, EXPERTS, TOP_K = 12, 6, 2
+GATE = Router("gate", TOP_K, EXPERTS, "softmax")
 
 
-def least_squares(inputs, residual, ridge):
+def least_squares(inputs, residual, ridge, weight=None):
     """The same problem by numpy, the ridge as H more rows."""
     x, r = inputs.double().numpy(), residual.double().numpy()
+    if weight is not None:
+        root = numpy.sqrt(weight.double().numpy())[:, None]
+        x, r = x * root, r * root
     rho = ridge * (x**2).sum(0).mean()
     rows = numpy.concatenate([x, numpy.sqrt(rho) * numpy.eye(x.shape[1])])
     targets = numpy.concatenate([r, numpy.zeros((x.shape[1], r.shape[1]))])
@@ -35,6 +44,63 @@ def test_the_correction_is_numpys_least_squares(ridge):
         sums.update(x, r)
     expected = least_squares(inputs, residual, ridge)
     numpy.testing.assert_allclose(sums.solve(ridge).numpy(), expected, rtol=1e-4)
+
+
+def test_weighted_corrections_are_numpys_too():
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(200, HIDDEN, generator=generator)
+    residual = torch.randn(200, EXPERTS, generator=generator)
+    weights = torch.rand(200, EXPERTS, generator=generator)
+    sums = RidgeSums(HIDDEN, EXPERTS, weighted=True)
+    for x, r, w in zip(
+        *(t.split(64) for t in (inputs, residual, weights)), strict=True
+    ):
+        sums.update(x, r, w)
+    solved = sums.solve(1e-2)
+    for expert in range(EXPERTS):
+        expected = least_squares(
+            inputs, residual[:, expert : expert + 1], 1e-2, weights[:, expert]
+        )
+        numpy.testing.assert_allclose(solved[expert], expected[0], rtol=1e-4)
+
+
+def test_error_weights():
+    scores = torch.tensor([[8.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0, -torch.inf]])
+    assert error_weights(scores, 2, "uniform") is None
+    top = error_weights(scores, 2, "top_3k")
+    assert top.tolist() == [[1.0] * 6 + [pytest.approx(0.05)] * 2]
+    boundary = error_weights(scores, 2, "boundary")[0]
+    # the middle is 4.5, the best score 3.5 above it
+    assert boundary[0].item() == pytest.approx(1 / 3)
+    assert boundary[1] == boundary[2] == boundary.max()
+    assert boundary[-1] == 0  # an expert of a group that was not chosen
+    flat = error_weights(torch.zeros(1, 4), 2, "boundary")
+    assert torch.isfinite(flat).all()
+    with pytest.raises(ValueError, match="weighting='top': allowed are uniform"):
+        error_weights(scores, 2, "top")
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "top_3k", "boundary"])
+def test_every_weighting_helps_what_it_weighs(router, weighting):
+    mixing = torch.eye(HIDDEN) + 0.2 * torch.randn(HIDDEN, HIDDEN)
+    moved = samples(copy.deepcopy(router), 0.5, mixing, 0)
+    refit = refit_router(GATE, router, moved, weighting=weighting)
+    assert refit.applied
+    assert refit.after < refit.before
+
+
+def test_overlap_follows_the_real_selection():
+    """A correction bias that decides alone: no logit changes what is selected."""
+    module = nn.Linear(HIDDEN, EXPERTS, bias=False)
+    module.e_score_correction_bias = torch.arange(EXPERTS) * 10.0
+    biased = Router("gate", TOP_K, EXPERTS, "sigmoid", "e_score_correction_bias")
+    moved = samples(copy.deepcopy(module), 0.5, torch.eye(HIDDEN), 0)
+    refit = refit_router(biased, module, moved)
+    assert refit.before_jaccard == refit.after_jaccard == 1.0
+    assert refit.before > 0
+    logits = torch.randn(3, EXPERTS)
+    chosen = select_experts(biased, logits, module.e_score_correction_bias)
+    assert chosen.tolist() == [[5, 4]] * 3
 
 
 @pytest.mark.parametrize("ridge", [0, -1.0, float("nan")])
@@ -70,9 +136,7 @@ def test_what_a_linear_map_did_is_undone(router):
     mixing = torch.eye(HIDDEN) + 0.1 * torch.randn(HIDDEN, HIDDEN)
     bias = router.bias.clone()
     fp_router = copy.deepcopy(router)
-    refit = refit_router(
-        "gate", router, TOP_K, samples(fp_router, 0.0, mixing, 0), ridge=1e-9
-    )
+    refit = refit_router(GATE, router, samples(fp_router, 0.0, mixing, 0), ridge=1e-9)
     assert refit.applied
     assert refit.after < 1e-4 * refit.before
     assert refit.after_jaccard == 1.0 > refit.before_jaccard
@@ -91,7 +155,7 @@ def test_a_router_that_nothing_helps_is_left_alone(router):
         for inputs, target, mask in samples(router, 0.0, torch.eye(HIDDEN), 0, 4, 8):
             yield inputs, target + 10 * torch.randn_like(target), mask
 
-    refit = refit_router("gate", router, TOP_K, unrelated())
+    refit = refit_router(GATE, router, unrelated())
     assert not refit.applied
     assert torch.equal(router.weight, weight)
     assert "left alone" in str(refit)
@@ -99,7 +163,7 @@ def test_a_router_that_nothing_helps_is_left_alone(router):
 
 def test_dtype_and_shape_stay(router):
     router = router.to(torch.bfloat16)
-    refit = refit_router("gate", router, TOP_K, samples(router, 0.1, torch.eye(12), 0))
+    refit = refit_router(GATE, router, samples(router, 0.1, torch.eye(12), 0))
     assert router.weight.dtype == torch.bfloat16
     assert router.weight.shape == (EXPERTS, HIDDEN)
     # the held-out error is that of the weight as it is stored
@@ -119,16 +183,14 @@ def test_masked_tokens_take_no_part(router):
                 mask,
             )
 
-    refit_router("gate", clean, TOP_K, samples(router, 0.1, mixing, 0))
-    refit_router("gate", spoiled, TOP_K, with_rubbish())
+    refit_router(GATE, clean, samples(router, 0.1, mixing, 0))
+    refit_router(GATE, spoiled, with_rubbish())
     assert torch.equal(clean.weight, spoiled.weight)
 
 
 def test_one_sample_is_too_few(router):
     with pytest.raises(ValueError, match="samples=1: allowed are 2 or more"):
-        refit_router(
-            "gate", router, TOP_K, samples(router, 0.1, torch.eye(HIDDEN), 0, count=1)
-        )
+        refit_router(GATE, router, samples(router, 0.1, torch.eye(HIDDEN), 0, count=1))
 
 
 # ── whole models, quantized by whatever tool ──────────────────────────────────
