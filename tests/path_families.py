@@ -1,5 +1,7 @@
 """Quantize one tiny model of each family from a path; print one JSON line for each.
 
+    python path_families.py export|keep FAMILY...
+
 A process of its own: AutoRound replaces classes of transformers for the rest of the
 process when it loads some families from a path.
 """
@@ -16,7 +18,7 @@ from vsraq import VSRAQConfig
 from vsraq.checkpoint import CheckpointError, verify
 
 
-def quantize(family, folder):
+def quantize(family, folder, way):
     source = tiny.save(family, folder / "model")
     autoround = AutoRound(
         str(source),
@@ -26,16 +28,20 @@ def quantize(family, folder):
         dataset=tiny.calibration(),
         **tiny.RUN,
     )
+    if way == "keep":  # in memory, as far as AutoRound does not put blocks on disk
+        autoround.quantize()
+        return str(source), None
     _, exported = autoround.quantize_and_save(str(folder / "out"), format="auto_round")
     return str(source), exported
 
 
-def attempt(family):
+def attempt(family, way):
     with tiny.LogLines() as messages, tempfile.TemporaryDirectory() as folder:
         result = {"family": family, "log": messages}
         try:
-            source, exported = quantize(family, Path(folder))
-            result["verified"] = verify(exported, source).routers
+            source, exported = quantize(family, Path(folder), way)
+            if exported is not None:
+                result["verified"] = verify(exported, source).routers
         except CheckpointError as error:
             result["faults"] = error.faults
         except RuntimeError as error:
@@ -44,5 +50,6 @@ def attempt(family):
 
 
 if __name__ == "__main__":
-    for family in sys.argv[1:]:
-        print("RESULT", json.dumps(attempt(family)), flush=True)
+    way, *families = sys.argv[1:]
+    for family in families:
+        print("RESULT", json.dumps(attempt(family, way)), flush=True)

@@ -315,7 +315,7 @@ def test_masked_tokens_do_not_shift_the_ratio(quantize, monkeypatch):
         ({"router_weight": "heavy"}, r"router_weight='heavy'"),
         ({"objective": "vsrag"}, r"objective='vsrag'.*Did you mean 'vsraq'"),
         ({"objective": "topk_mse", "alpha": 0.3}, r"no such hyper-parameter"),
-        ({"alpha": 1.3}, r"alpha=1.3"),
+        ({"objective": "vsraq", "alpha": 1.3}, r"alpha=1.3"),
         ({"iters": "many"}, r"iters='many': allowed is an int"),
         ({"nblocks": 0}, r"nblocks=0"),
         ({"gradient_accumulate_steps": 0}, r"gradient_accumulate_steps=0"),
@@ -335,6 +335,7 @@ def test_an_unknown_argument_is_refused():
 
 def test_every_hyperparameter_reaches_its_objective():
     config = VSRAQConfig(
+        objective="vsraq",
         boundary=2,
         alpha=0.1,
         gamma=2.0,

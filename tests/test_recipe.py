@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from vsraq.autoround import VSRAQConfig
+from vsraq.autoround.config import Alignment
 from vsraq.checkpoint import Checkpoint
 from vsraq.cli import main
 from vsraq.demo import model_path
@@ -13,14 +14,26 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 MINIMAL = {"model": "some/model", "scheme": "W4A16", "output": "out"}
 
 
+# the paper's weight and calibration size of each model, and what we add
+SETTINGS = {
+    "solar_open_100b_w4a16": (Alignment(0.01, 0.0, False), 512, 2048),
+    "solar_open_100b_nvfp4": (Alignment(0.01, 0.0, False), 512, 2048),
+    "nemotron_3_nano_30b_nvfp4": (Alignment(0.1, "auto", True), 512, 1024),
+}
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=[p.stem for p in CONFIGS])
 def test_every_config_is_valid(path):
     recipe = load_recipe(path)
-    assert recipe.model == "upstage/Solar-Open-100B"
+    alignment, nsamples, seqlen = SETTINGS[path.stem]
     config = recipe.algorithm_config()
     assert isinstance(config, VSRAQConfig)
-    assert config.router_weight == 0.01
-    assert (recipe.calibration.nsamples, recipe.calibration.seqlen) == (512, 2048)
+    assert config.objective == "vsraq"
+    assert config.alignment == alignment
+    assert (recipe.calibration.nsamples, recipe.calibration.seqlen) == (
+        nsamples,
+        seqlen,
+    )
     assert recipe.runtime["low_gpu_mem_usage"]
 
 
@@ -59,7 +72,10 @@ def test_defaults_and_overrides(tmp_path):
         ),
         ({"calibration": {"nsample": 3}}, r"did you mean calibration.nsamples\?"),
         ({"runtime": {"device": "cpu"}}, r"did you mean runtime.device_map\?"),
-        ({"algorithm": {"alpha": 3}}, r"alpha=3: allowed is a number from 0 to 1"),
+        (
+            {"algorithm": {"objective": "vsraq", "alpha": 3}},
+            r"alpha=3: allowed is a number from 0 to 1",
+        ),
         ({"algorithm": {"objective": "vsrag"}}, r"objective='vsrag'"),
         ({"algorithm": {"iters": 0}}, r"iters=0"),
         ({"algorithm": {"iters": "many"}}, r"iters='many': allowed is an int"),
@@ -108,7 +124,9 @@ def test_the_resolved_recipe_is_complete_and_runs_again():
     recipe = parse_recipe(MINIMAL | {"algorithm": {"objective": "topk_mse"}})
     resolved = recipe.resolved()
     assert resolved["algorithm"]["iters"] == 200
-    assert resolved["algorithm"]["router_weight"] == 0.01
+    assert resolved["algorithm"]["router_weight"] == "auto"
+    assert resolved["algorithm"]["next_router_weight"] == "auto"
+    assert resolved["algorithm"]["realign_routers"] is True
     assert resolved["calibration"]["seed"] == 42
     again = parse_recipe(yaml.safe_load(yaml.safe_dump(resolved)))
     assert isinstance(again, Recipe)
@@ -117,7 +135,7 @@ def test_the_resolved_recipe_is_complete_and_runs_again():
 
 @pytest.mark.parametrize("scheme", ["W4A16", "NVFP4"])
 def test_quantize_streams_exports_and_verifies(scheme, text_file, tmp_path, capsys):
-    path = CONFIGS[0]
+    path = next(path for path in CONFIGS if path.stem.startswith("solar"))
     status = main(
         [
             "quantize",
@@ -138,7 +156,7 @@ def test_quantize_streams_exports_and_verifies(scheme, text_file, tmp_path, caps
     out = capsys.readouterr().out
     assert status == 0
     assert "verified: Verification(" in out
-    assert "routers=6, experts=192" in out
+    assert "routers=6, realigned_routers=0, experts=192" in out
     folder = Path(out.split("exported to ")[1].splitlines()[0])
     assert "# auto-round 0.16" in (folder / "vsraq_recipe.yaml").read_text()
     written = load_recipe(folder / "vsraq_recipe.yaml")

@@ -8,6 +8,7 @@ from importlib.metadata import version
 
 from vsraq.autoround import VSRAQConfig
 from vsraq.objectives import OBJECTIVES, Objective
+from vsraq.realignment import realign_routers
 from vsraq.routers import Router, find_routers
 
 __version__ = version("vsraq")
@@ -18,4 +19,5 @@ __all__ = [
     "VSRAQConfig",
     "__version__",
     "find_routers",
+    "realign_routers",
 ]

@@ -137,9 +137,15 @@ class Recipe:
         plain["algorithm"] = {
             name: value if isinstance(value, str | int | float | bool) else str(value)
             for name in sorted(_arguments(self._config_class))
-            if (value := getattr(config, name, None)) is not None
+            if (value := self._value(config, name)) is not None
         }
         return plain
+
+    @staticmethod
+    def _value(config: SignRoundConfig, name: str) -> Any:
+        """An option's final value; parts of the alignment depend on each other."""
+        alignment = getattr(config, "alignment", None)
+        return getattr(alignment, name, getattr(config, name, None))
 
 
 class _Loader(yaml.SafeLoader):

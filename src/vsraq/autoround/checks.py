@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from auto_round.utils import check_to_quantized, get_block_names
 from torch import nn
 
-from vsraq.autoround.terms import Weight
 from vsraq.objectives import Objective
 from vsraq.routers import Router, expert_containers
 
@@ -40,9 +39,13 @@ def check_router(
             )
 
 
-def check_next_router(
-    weight: Weight, orchestrator: Any, composer: "AlgorithmComposer | None"
-) -> None:
+WITHOUT_NEXT_ROUTER = (
+    "no next-router term for this run; allowed is next_router_weight=0 (name the other "
+    'parts that you want: router_weight="auto", realign_routers=True)'
+)
+
+
+def check_next_router(orchestrator: Any, composer: "AlgorithmComposer | None") -> None:
     """Refuse runs whose next block cannot be run ahead of its turn.
 
     Raises:
@@ -50,15 +53,14 @@ def check_next_router(
     """
     if composer is not None and composer.has_layerwise_rotation:
         raise NotImplementedError(
-            f"next_router_weight={weight}: with layer-wise rotation the next block is "
-            "not rotated yet while this one is tuned; allowed is 0, or a rotation of "
-            "the whole model (layerwise=False)"
+            f"{WITHOUT_NEXT_ROUTER}: with layer-wise rotation the next block is not "
+            "rotated yet while this one is tuned; a rotation of the whole model "
+            "(layerwise=False) is allowed too"
         )
     if orchestrator.has_variable_block_shape:
         raise NotImplementedError(
-            f"next_router_weight={weight}: every block of this model takes arguments "
-            "of its own, and AutoRound has not cached the next block's while this one "
-            "is tuned; allowed is 0"
+            f"{WITHOUT_NEXT_ROUTER}: every block of this model takes arguments of its "
+            "own, and AutoRound has not cached the next block's while this one is tuned"
         )
 
 

@@ -2,6 +2,7 @@
 """`VSRAQConfig`: AutoRound's SignRound configuration plus a router objective."""
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
@@ -11,7 +12,7 @@ from vsraq.objectives import Objective, get_objective
 from vsraq.realignment import Weighting
 
 DEFAULT_LOOKAHEAD = 2
-DEFAULT_AUTO_RATIO = 0.1
+DEFAULT_AUTO_RATIO = 1.0
 
 _HYPERPARAMETERS = (
     "multiplier",
@@ -27,6 +28,30 @@ _HYPERPARAMETERS = (
 )
 
 
+@dataclass(frozen=True)
+class Alignment:
+    """Which parts of router alignment a run has.
+
+    Attributes:
+        router_weight: Weight of the own routers' loss; 0 is off.
+        next_router_weight: Weight of the next router's loss; 0 is off.
+        realign_routers: Whether routers are re-fitted.
+    """
+
+    router_weight: Weight
+    next_router_weight: Weight
+    realign_routers: bool
+
+    def __bool__(self) -> bool:
+        """Whether any part is on."""
+        weights = (self.router_weight, self.next_router_weight)
+        return any(weight != 0 for weight in weights) or self.realign_routers
+
+
+# chosen by benchmarks/routing.py; see docs/results.md
+DEFAULT_RECIPE = Alignment("auto", "auto", realign_routers=True)
+
+
 class VSRAQConfig(SignRoundConfig):
     """Block-wise tuning whose loss also keeps the routing.
 
@@ -39,18 +64,23 @@ class VSRAQConfig(SignRoundConfig):
     A block's own router sees only what stands before it, attention; the next router
     sees the block's experts too.
 
+    Without `router_weight`, `next_router_weight` and `realign_routers` all three are
+    on, with automatic weights: the recipe that measured best. Name one of them, and
+    those that are not named are off: `router_weight=0.01` is VSRAQ's own setting,
+    `router_weight=0` AutoRound's own algorithm, bit for bit.
+
     Args:
         objective: A name from `vsraq.OBJECTIVES`, or a `vsraq.Objective`.
-        router_weight: lambda >= 0, or "auto". VSRAQ uses 0.01 (Solar-Open-100B) and
-            0.1 (Nemotron-3-Nano); the losses have no common scale, so "auto" balances
-            them per block: auto_ratio times the ratio of the reconstruction gradient
-            to the router gradient (sums of magnitudes over the tuned parameters that
-            the router loss reaches, before the first step).
+        router_weight: lambda >= 0, or "auto". The VSRAQ paper uses 0.01
+            (Solar-Open-100B) and 0.1 (Nemotron-3-Nano); the losses have no common
+            scale, so "auto" balances them per block: auto_ratio times the ratio of the
+            reconstruction gradient to the router gradient (sums of magnitudes over the
+            tuned parameters that the router loss reaches, before the first step).
         next_router_weight: The same for the next MoE router.
         next_router_objective: Its objective; None takes `objective` as it is.
         lookahead: How many of the following blocks may be run to reach the next
             router; None is 2.
-        auto_ratio: How strong an "auto" weight is; None is 0.1.
+        auto_ratio: How strong an "auto" weight is; None is 1.
         realign_routers: Re-fit each router after its block is tuned.
         realign_ridge: Ridge of the re-fit, as a fraction of the mean diagonal of
             X^T X; None is 1e-3.
@@ -68,8 +98,7 @@ class VSRAQConfig(SignRoundConfig):
         top_m: Of `router_kl`: ranks that take part.
         **kwargs: Arguments of `SignRoundConfig` (`iters`, `lr`, `nblocks`, ...).
 
-    None leaves a hyper-parameter at the objective's own default. With both weights 0
-    and no re-fit, the result is AutoRound's own, bit for bit.
+    None leaves a hyper-parameter at the objective's own default.
 
     Raises:
         ValueError: A value is not allowed, the objective has no such hyper-parameter,
@@ -80,13 +109,13 @@ class VSRAQConfig(SignRoundConfig):
     def __init__(
         self,
         *,
-        objective: str | Objective = "vsraq",
-        router_weight: Weight = 0.01,
-        next_router_weight: Weight = 0.0,
+        objective: str | Objective = "top3k_mse",
+        router_weight: Weight | None = None,
+        next_router_weight: Weight | None = None,
         next_router_objective: str | Objective | None = None,
         lookahead: int | None = None,
         auto_ratio: float | None = None,
-        realign_routers: bool = False,
+        realign_routers: bool | None = None,
         realign_ridge: float | None = None,
         realign_weighting: Weighting | None = None,
         multiplier: int | Literal["all"] | None = None,
@@ -129,6 +158,16 @@ class VSRAQConfig(SignRoundConfig):
         self.margin_weight = margin_weight
         self.top_m = top_m
         self.check_alignment()
+
+    @property
+    def alignment(self) -> Alignment:
+        """The parts that are on: those that are named, or else the default recipe."""
+        names = ("router_weight", "next_router_weight", "realign_routers")
+        named = {n: v for n in names if (v := getattr(self, n)) is not None}
+        if not named:
+            return DEFAULT_RECIPE
+        off: dict[str, Any] = {"router_weight": 0.0, "next_router_weight": 0.0}
+        return Alignment(**off | {"realign_routers": False} | named)
 
     def resolve_objective(self) -> Objective:
         """The objective with the hyper-parameters of this configuration.
@@ -174,10 +213,9 @@ class VSRAQConfig(SignRoundConfig):
             not isinstance(self.lookahead, int) or self.lookahead < 1
         ):
             raise ValueError(f"lookahead={self.lookahead!r}: allowed is an int >= 1")
-        if not isinstance(self.realign_routers, bool):
-            raise ValueError(
-                f"realign_routers={self.realign_routers!r}: allowed is True or False"
-            )
+        realign = self.realign_routers
+        if realign is not None and not isinstance(realign, bool):
+            raise ValueError(f"realign_routers={realign!r}: allowed is True or False")
         weighting = self.realign_weighting
         if weighting is not None and weighting not in get_args(Weighting):
             raise ValueError(
@@ -197,7 +235,7 @@ class VSRAQConfig(SignRoundConfig):
 
     def _check_weights(self) -> None:
         for name in ("router_weight", "next_router_weight"):
-            weight = getattr(self, name)
+            weight = getattr(self.alignment, name)
             if weight != "auto" and not _is_number(weight, at_least_zero=True):
                 raise ValueError(
                     f'{name}={weight!r}: allowed is a finite number >= 0, or "auto"'
@@ -209,14 +247,15 @@ class VSRAQConfig(SignRoundConfig):
 
     def _check_without_effect(self) -> None:
         """Refuse options that would change nothing."""
-        weights = (self.router_weight, self.next_router_weight)
-        next_router = self.next_router_weight != 0
+        alignment = self.alignment
+        weights = (alignment.router_weight, alignment.next_router_weight)
+        next_router = alignment.next_router_weight != 0
         for name, has_effect, needed in (
             ("next_router_objective", next_router, "a next_router_weight"),
             ("lookahead", next_router, "a next_router_weight"),
             ("auto_ratio", "auto" in weights, 'a weight of "auto"'),
-            ("realign_ridge", self.realign_routers, "realign_routers=True"),
-            ("realign_weighting", self.realign_routers, "realign_routers=True"),
+            ("realign_ridge", alignment.realign_routers, "realign_routers=True"),
+            ("realign_weighting", alignment.realign_routers, "realign_routers=True"),
         ):
             value = getattr(self, name)
             if value is not None and not has_effect:

@@ -33,7 +33,7 @@ class _NotLoaded(nn.Module):
     def forward(self, *_args: Any, **_kwargs: Any) -> Tensor:
         raise NotImplementedError(
             "this block calls its experts before its router, so the next router's "
-            "input cannot be computed without them; use next_router_weight=0"
+            "input cannot be computed without them; allowed is next_router_weight=0"
         )
 
 

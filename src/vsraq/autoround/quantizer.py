@@ -26,10 +26,16 @@ from auto_round.utils import get_block_names
 from torch import Tensor, nn
 
 from vsraq.autoround.balance import balance_terms
-from vsraq.autoround.checks import check_next_router, check_router, within_reach
+from vsraq.autoround.checks import (
+    WITHOUT_NEXT_ROUTER,
+    check_next_router,
+    check_router,
+    within_reach,
+)
 from vsraq.autoround.config import (
     DEFAULT_AUTO_RATIO,
     DEFAULT_LOOKAHEAD,
+    Alignment,
     VSRAQConfig,
 )
 from vsraq.autoround.hybrids import adapt_attention_mask
@@ -117,10 +123,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
         self._run: BlockRun | None = None
 
     @property
-    def _reads_routers(self) -> bool:
-        config = self.config
-        weights = (config.router_weight, config.next_router_weight)
-        return any(weight != 0 for weight in weights) or config.realign_routers
+    def _alignment(self) -> Alignment:
+        return self.config.alignment
 
     # ── Run ──────────────────────────────────────────────────────────────────
 
@@ -130,6 +134,10 @@ class VSRAQQuantizer(SignRoundQuantizer):
         self._orchestrator = orchestrator
         self._seed = getattr(orchestrator, "seed", None)
         self._layer_config = getattr(orchestrator, "layer_config", None)
+        if self._alignment:
+            # Now, because AutoRound may empty the blocks before the run is prepared.
+            self._router_classes = declared_router_classes(self.model)
+            self._routers = {router.name: router for router in find_routers(self.model)}
         # AutoRound 0.16 stores nblocks on the config and never reads it from there.
         if self.config.nblocks != 1:
             orchestrator.nblocks = self.config.nblocks
@@ -166,10 +174,9 @@ class VSRAQQuantizer(SignRoundQuantizer):
             cached = (self._orchestrator.inputs or {}).get(block_names[0])
             if cached is not None:
                 adapt_attention_mask(self.model, block_names, cached)
-        if not self._reads_routers:
+        if not self._alignment:
             return
-        self._router_classes = declared_router_classes(self.model)
-        routers = find_routers(self.model)
+        routers = tuple(self._routers.values())
         if not routers:
             raise ValueError(
                 f"model={type(self.model).__name__}: it has no MoE router, so a router "
@@ -178,7 +185,6 @@ class VSRAQQuantizer(SignRoundQuantizer):
             )
         for router in routers:
             check_router(self.model, router, (self._objective, self._next_objective))
-        self._routers = {router.name: router for router in routers}
         if self.compress_context.enable_torch_compile:
             # Code compiled for an earlier run of this process knows no router hook,
             # and torch.compile does not look whether there is one.
@@ -188,31 +194,31 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 f"batch_dim={self.calibration_context.batch_dim}: allowed is 0, hidden "
                 "states of shape (batch, sequence, hidden)"
             )
-        if self.config.next_router_weight != 0:
-            check_next_router(
-                self.config.next_router_weight, self._orchestrator, composer
-            )
-        elif self.config.router_weight != 0 and not within_reach(self.model, routers):
+        if self._alignment.next_router_weight != 0:
+            check_next_router(self._orchestrator, composer)
+        elif self._alignment.router_weight != 0 and not within_reach(
+            self.model, routers
+        ):
             logger.warning(
                 "vsraq: router_weight=%s: in no MoE block of %s does a quantized layer "
                 "stand before the router, so the router loss tunes nothing, and the "
                 'run equals AutoRound\'s own; pass next_router_weight="auto", which '
                 "reaches the layers before a MoE block and its experts",
-                self.config.router_weight,
+                self._alignment.router_weight,
                 type(self.model).__name__,
             )
-        if self.config.realign_routers and hasattr(self.model, "config"):
+        if self._alignment.realign_routers and hasattr(self.model, "config"):
             # travels with the export, so that `verify` expects other routers
             self.model.config.vsraq = {"realign_routers": True}
         logger.info(
             "vsraq: %d routers; router_weight=%s, objective %s; next_router_weight=%s, "
             "objective %s; realign_routers=%s",
             len(routers),
-            self.config.router_weight,
+            self._alignment.router_weight,
             self._objective,
-            self.config.next_router_weight,
+            self._alignment.next_router_weight,
             self._next_objective,
-            self.config.realign_routers,
+            self._alignment.realign_routers,
         )
 
     def finalize_run(self) -> None:
@@ -228,13 +234,15 @@ class VSRAQQuantizer(SignRoundQuantizer):
         handles = super().register_fp_input_forward_hooks(block)
         self._drop_fp_capture()
         routers = self._routers_of(block)
-        if routers and (self.config.router_weight != 0 or self.config.realign_routers):
+        if routers and (
+            self._alignment.router_weight != 0 or self._alignment.realign_routers
+        ):
             self._fp_capture = self._open_fp_capture(block, routers)
             handles.append(_CaptureHandle(self._fp_capture))
         return handles
 
     def _routers_of(self, block: nn.Module) -> tuple[Router, ...]:
-        if not self._reads_routers:
+        if not self._alignment:
             return ()
         return find_routers(block, router_classes=self._router_classes)
 
@@ -244,7 +252,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
         cache_device = self.compress_context.cache_device
 
         def keep(router: Router, values: Tensor) -> FpLogits:
-            if self.config.realign_routers and self._objective.compares == "logits":
+            if self._alignment.realign_routers and self._objective.compares == "logits":
                 return rank_logits(values).to(cache_device)
             return self._objective.target(values, top_k=router.top_k).to(cache_device)
 
@@ -319,7 +327,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 **kwargs,
             )
 
-        if not self._reads_routers:
+        if not self._alignment:
             return tune()
         name = "+".join(block_ctx.block_names)
         routers = self._routers_of(block)
@@ -332,12 +340,12 @@ class VSRAQQuantizer(SignRoundQuantizer):
             )
         with ExitStack() as stack:
             terms = []
-            if routers and self.config.router_weight != 0:
+            if routers and self._alignment.router_weight != 0:
                 capture = stack.enter_context(
                     RouterCapture[Tensor](block, routers, what=self._objective.compares)
                 )
                 terms.append(self._own_term(routers, fp_targets, capture))
-            if self.config.next_router_weight != 0:
+            if self._alignment.next_router_weight != 0:
                 next_router = self._next_router(name, block_ctx.block_names[-1])
                 if next_router is not None:
                     terms.append(self._next_term(next_router, fp_outputs, input_others))
@@ -348,7 +356,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
         if terms:
             run.finish_iteration()  # an early stop skips the last _step
             self._log(run)
-        if self.config.realign_routers:
+        if self._alignment.realign_routers:
             for router in routers:
                 self._refit(name, block, router, fp_targets, inputs, input_others)
         return best_params
@@ -365,7 +373,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
         return RouterTerm(
             OWN_ROUTER,
             self._objective,
-            self.config.router_weight,
+            self._alignment.router_weight,
             routers,
             fp_targets,
             q_values,
@@ -390,9 +398,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
             return None
         if getattr(self.block_forward, "last_output_dict", None):
             raise NotImplementedError(
-                f"next_router_weight={self.config.next_router_weight}: block {name} "
-                "hands more than its hidden states to the next block, which the next "
-                "router term does not follow; allowed is 0"
+                f"{WITHOUT_NEXT_ROUTER}: block {name} hands more than its hidden "
+                "states to the next block, which the term does not follow"
             )
         blocks, router = found
         device = self.block_forward.device
@@ -440,7 +447,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
         return RouterTerm(
             NEXT_ROUTER,
             objective,
-            self.config.next_router_weight,
+            self._alignment.next_router_weight,
             (router,),
             {router.name: split_samples(router.name, router.name, kept, tokens)},
             q_values,
@@ -650,7 +657,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
                     run.name,
                     term.label,
                     "; next_router_weight reaches the experts of the block before"
-                    if self.config.next_router_weight == 0
+                    if self._alignment.next_router_weight == 0
                     else "",
                 )
 

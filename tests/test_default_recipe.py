@@ -1,0 +1,62 @@
+"""`VSRAQConfig()`: the recipe, and what naming one of its parts does to the others."""
+
+import pytest
+
+import tiny
+from test_autoround import same, tuned
+from tiny import block_lines
+from vsraq import VSRAQConfig
+from vsraq.autoround.config import DEFAULT_RECIPE, Alignment
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ({}, DEFAULT_RECIPE),
+        ({"objective": "router_kl"}, DEFAULT_RECIPE),
+        ({"router_weight": 0.01}, Alignment(0.01, 0.0, False)),
+        ({"router_weight": 0}, Alignment(0, 0.0, False)),
+        ({"next_router_weight": "auto"}, Alignment(0.0, "auto", False)),
+        ({"realign_routers": True}, Alignment(0.0, 0.0, True)),
+        (
+            {"router_weight": "auto", "realign_routers": True},
+            Alignment("auto", 0.0, True),
+        ),
+    ],
+)
+def test_what_is_not_named_is_off(named, expected):
+    assert VSRAQConfig(**named).alignment == expected
+
+
+def test_on_or_off():
+    assert DEFAULT_RECIPE
+    assert Alignment(0.0, 0.0, True)
+    assert not Alignment(0, 0.0, False)
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "NVFP4"])
+def test_the_recipe_is_the_sum_of_its_parts(scheme, quantize, vsraq_log):
+    by_default = tuned(quantize, VSRAQConfig(iters=3), scheme=scheme)
+    first, last = block_lines(vsraq_log)
+    assert float(first["weight"]) > 0
+    assert float(first["next_weight"]) > 0
+    assert last["next_weight"] is None
+    assert sum("held-out logit error" in m for m in vsraq_log) == 2
+    by_hand = VSRAQConfig(
+        iters=3,
+        objective="top3k_mse",
+        router_weight="auto",
+        next_router_weight="auto",
+        auto_ratio=1.0,
+        realign_routers=True,
+    )
+    assert same(by_default, tuned(quantize, by_hand, scheme=scheme))
+
+
+def test_options_given_to_autoround_directly_switch_the_others_off(quantize, vsraq_log):
+    """AutoRound sets them on a configuration that it has built already."""
+    direct = tuned(quantize, "vsraq", iters=2, router_weight=5.0)
+    assert [line["next_weight"] for line in block_lines(vsraq_log)] == [None, None]
+    config = VSRAQConfig(iters=2, router_weight=5.0)
+    assert same(direct, tuned(quantize, config))
+    assert tiny.MOE_LAYERS["solar_open"] == 2
