@@ -5,7 +5,7 @@ STAMP := .venv/installed
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint bench-overhead train-demo clean
+.PHONY: demo test lint bench-overhead bench-routing train-demo clean
 
 demo: $(STAMP)
 	$(BIN)/vsraq demo
@@ -20,6 +20,10 @@ lint: $(STAMP)
 
 bench-overhead: $(STAMP)
 	$(BIN)/python benchmarks/overhead.py
+
+bench-routing: $(STAMP)
+	$(BIN)/python benchmarks/routing.py run
+	$(BIN)/python benchmarks/routing.py table --plot docs/routing.png
 
 train-demo: $(STAMP)
 	$(BIN)/python examples/train_demo_moe.py

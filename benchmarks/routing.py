@@ -88,8 +88,27 @@ METHODS["Top-3K MSE, both"] = OWN["Top-3K MSE"] | {
     "next_router_weight": "auto",
 }
 REFIT = " + re-fit"
+DEFAULT = "Top-3K MSE, both" + REFIT  # VSRAQConfig() without arguments
 for _name in list(METHODS):
     METHODS[_name + REFIT] = METHODS[_name]
+GRID = tuple(METHODS)
+
+# single questions, asked only by name
+_BOTH = METHODS["Top-3K MSE, both"] or {}
+_RATIOS = {f"both, ratio {r}": _BOTH | {"auto_ratio": r} for r in (0.1, 0.3, 2.0, 4.0)}
+_INPUT = {"next_router_objective": "input_mse"}
+EXPERIMENTS: dict[str, dict[str, Any]] = _RATIOS | {
+    "both, next input": _BOTH | _INPUT,
+    "both, boundary": _BOTH | {"realign_weighting": "boundary"},
+    "both, norms": _BOTH | {"enable_norm_bias_tuning": True},
+    "next": {"objective": "top3k_mse", "next_router_weight": "auto"},
+    "norms": {"enable_norm_bias_tuning": True},
+    "two blocks": {"nblocks": 2},
+    "boundary": {"realign_weighting": "boundary"},
+    "top 3K": {"realign_weighting": "top_3k"},
+}
+METHODS |= {_name + REFIT: _options for _name, _options in EXPERIMENTS.items()}
+METHODS["norms"] = EXPERIMENTS["norms"]
 
 
 @dataclass(frozen=True)
@@ -171,8 +190,8 @@ def config_of(cell: Cell) -> Any:
     if arguments is None:
         return "rtn"
     refit = cell.method.endswith(REFIT)
-    if not arguments and not refit:
-        return SignRoundConfig(iters=cell.iters)
+    if "router_weight" not in arguments and not refit:
+        return SignRoundConfig(iters=cell.iters, **arguments)
     arguments = {"router_weight": 0.0, **arguments}
     return vsraq.VSRAQConfig(iters=cell.iters, realign_routers=refit, **arguments)
 
@@ -487,7 +506,7 @@ def parse() -> argparse.Namespace:
     run = commands.add_parser("run", help="fill the results file")
     run.add_argument("--models", nargs="+", default=MODELS, choices=MODELS)
     run.add_argument("--schemes", nargs="+", default=SCHEMES, choices=SCHEMES)
-    run.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    run.add_argument("--methods", nargs="+", default=GRID, choices=METHODS)
     run.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     run.add_argument("--windows", type=int, default=64, help="held-out windows")
     run.add_argument("--device", default="cpu")
