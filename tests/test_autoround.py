@@ -240,7 +240,9 @@ def test_a_bypassed_router_is_an_error(quantize):
     # the block calls forward() itself, as some remote code does: no hook fires
     gate.__class__ = type("Bypassed", (type(gate),), {"__call__": type(gate).forward})
     with pytest.raises(RuntimeError, match=r"block model.layers.1: no full-precision"):
-        quantize(model, VSRAQConfig(iters=2))
+        quantize(model, VSRAQConfig(iters=2, router_weight=1.0))
+    with pytest.raises(NotImplementedError, match="without calling that"):
+        quantize(model, VSRAQConfig(iters=2, next_router_weight=1.0))
 
 
 @pytest.mark.parametrize(
@@ -417,6 +419,18 @@ def test_single_blocks_with_and_without_a_reference_output(vsraq_log):
     lines = block_lines(vsraq_log)
     assert [line["block"] for line in lines] == [block, block]
     assert lines[0]["z0"] == lines[1]["z0"]  # the same full-precision targets
+
+
+def test_single_blocks_are_checked_too(vsraq_log):
+    """llm-compressor's way does not prepare a run, and needs its checks too."""
+    block = "model.layers.0"
+    run, module, inputs = block_run(block, VSRAQConfig(iters=1))
+    run.quantize_block(module, inputs)
+    assert "2 routers; router_weight=auto" in vsraq_log[0]
+    (line,) = block_lines(vsraq_log)
+    assert float(line["weight"]) > 0
+    assert float(line["next_weight"]) > 0
+    assert sum("held-out logit error" in m for m in vsraq_log) == 1
 
 
 def test_a_reference_output_for_quantized_inputs_is_refused():

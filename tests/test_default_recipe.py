@@ -59,4 +59,11 @@ def test_options_given_to_autoround_directly_switch_the_others_off(quantize, vsr
     assert [line["next_weight"] for line in block_lines(vsraq_log)] == [None, None]
     config = VSRAQConfig(iters=2, router_weight=5.0)
     assert same(direct, tuned(quantize, config))
-    assert tiny.MOE_LAYERS["solar_open"] == 2
+
+
+def test_one_sample_is_refused_before_the_first_block(quantize, monkeypatch):
+    """Re-fitting needs a second one; without it, one sample is enough."""
+    monkeypatch.setattr("vsraq.autoround.VSRAQQuantizer.quantize_block", None)
+    one = {"dataset": tiny.calibration(samples=1), "nsamples": 1, "batch_size": 1}
+    with pytest.raises(ValueError, match=r"nsamples=1: re-fitting routers needs 2"):
+        quantize(tiny.tiny_model("solar_open"), VSRAQConfig(iters=1), **one)

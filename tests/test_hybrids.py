@@ -34,7 +34,12 @@ def test_the_kinds_of_layers():
 
 @pytest.mark.parametrize(
     "cached",
-    [masks([1, 1, 1], [1, 1, 1]), masks([1, 1, 0], [1, 0, 0]), torch.ones(2, 3).long()],
+    [
+        masks([1, 1, 1], [1, 1, 1]),
+        masks([1, 1, 0], [1, 0, 0]),
+        masks([True, False, False]),
+        torch.ones(2, 3).long(),
+    ],
 )
 def test_a_mask_of_the_end_is_dropped(cached):
     assert adapted(HYBRID, {"attention_mask": cached}) is None
@@ -60,6 +65,16 @@ def test_attention_that_needs_its_mask_is_refused():
 )
 def test_other_masks_stay(cached):
     assert adapted(HYBRID, {"attention_mask": cached}) is cached
+
+
+def test_flash_attention_takes_any_mask():
+    """Sliding and full attention are two kinds, and both take it."""
+    model = tiny.tiny_model("gpt_oss")
+    kinds = layer_kinds(model, BLOCKS[:2])
+    assert set(kinds) == {"sliding_attention", "full_attention"}
+    model.config._attn_implementation = "flash_attention_2"
+    cached = masks([False, True, True])
+    assert adapted(model, {"attention_mask": cached}) is cached
 
 
 def test_a_model_of_one_kind_keeps_its_mask():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from auto_round import AutoRound
+from auto_round.algorithms.block_runner import _BLOCK_OUTPUT_REGISTRY
 
 import tiny
 from test_autoround import same, tuned, weights
@@ -113,7 +114,7 @@ def test_the_papers_plain_setting_on_a_hybrid_warns_before_the_first_block(
     quantize, vsraq_log
 ):
     quantize(tiny.tiny_model("nemotron_h"), VSRAQConfig(iters=1, router_weight=0.1))
-    assert "the router loss tunes nothing" in vsraq_log[0]
+    assert "the own-router loss tunes nothing" in vsraq_log[0]
     assert 'next_router_weight="auto"' in vsraq_log[0]
 
 
@@ -273,13 +274,9 @@ def test_no_hook_is_left_when_the_look_ahead_fails(quantize, monkeypatch):
 
 
 def test_blocks_that_hand_on_more_than_hidden_states_are_refused(quantize, monkeypatch):
-    quantize_block = VSRAQQuantizer.quantize_block
-
-    def with_second_output(self, *args, **kwargs):
-        # as AutoRound's runner leaves it for the families that it registers
-        self.block_forward.last_output_dict = {"prev_topk_indices": []}
-        return quantize_block(self, *args, **kwargs)
-
-    monkeypatch.setattr(VSRAQQuantizer, "quantize_block", with_second_output)
+    """As AutoRound registers it for GLM with DSA; before the first block is tuned."""
+    outputs = ["hidden_states", "prev_topk_indices"]
+    monkeypatch.setitem(_BLOCK_OUTPUT_REGISTRY, "SolarOpenDecoderLayer", outputs)
+    monkeypatch.setattr(VSRAQQuantizer, "quantize_block", None)
     with pytest.raises(NotImplementedError, match="more than its hidden states"):
         quantize(tiny.tiny_model("solar_open"), both())

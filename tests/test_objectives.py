@@ -46,6 +46,11 @@ def test_hyperparameters_replace_the_defaults():
     assert "alpha=0.0" in str(objective)
 
 
+def test_what_is_compared_is_checked():
+    with pytest.raises(ValueError, match=r"compares='input': .* logits or inputs"):
+        Objective("mine", losses.input_mse, compares="input")
+
+
 def test_an_objective_is_immutable():
     objective = get_objective("vsraq")
     with pytest.raises(TypeError):

@@ -11,7 +11,7 @@ from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from safetensors.torch import load_file, save_file
 
 import tiny
-from test_autoround import padded, same, weights
+from test_autoround import same, weights
 from vsraq import VSRAQConfig
 from vsraq.checkpoint import CheckpointError, load_model, verify
 from vsraq.realignment import realign_routers
@@ -70,6 +70,7 @@ def test_the_correction_bias_stays(quantize):
         before, after = (m.get_submodule(name) for m in (original, model))
         expected = before.e_score_correction_bias
         assert torch.equal(expected, after.e_score_correction_bias.to(expected.dtype))
+        assert not torch.equal(before.weight.to(after.weight.dtype), after.weight)
 
 
 def test_two_routers_in_one_group_of_blocks(quantize, vsraq_log):
@@ -79,6 +80,14 @@ def test_two_routers_in_one_group_of_blocks(quantize, vsraq_log):
         "0.mlp.gate",
         "1.mlp.gate",
     ]
+    assert all(line[1] == "re-fitted" for line in refits(vsraq_log))
+
+
+def test_the_record_of_an_earlier_run_goes(quantize):
+    model = tiny.tiny_model("solar_open")
+    model.config.vsraq = {"realign_routers": True}
+    _, model = quantize(model, VSRAQConfig(iters=1, router_weight=1.0))
+    assert not hasattr(model.config, "vsraq")
 
 
 def test_padding_takes_no_part(quantize):
@@ -89,11 +98,16 @@ def test_padding_takes_no_part(quantize):
         with torch.no_grad():
             model.model.embed_tokens.weight[0] = value
         config = VSRAQConfig(iters=1, router_weight=0, realign_routers=True)
-        dataset = padded(0) * 4
+        dataset = [ids.clone() for ids in tiny.calibration(samples=64)]
+        for ids in dataset:
+            ids[:, tiny.SEQLEN // 2 :] = 0
         _, model = quantize(model, config, dataset=dataset, nsamples=len(dataset))
         return routers_of(model)
 
-    assert same(routers(0.1), routers(-0.5))
+    moved = routers(0.1)
+    assert same(moved, routers(-0.5))
+    original = routers_of(tiny.tiny_model("solar_open"))
+    assert not same({n: w.to(moved[n].dtype) for n, w in original.items()}, moved)
 
 
 def test_on_top_of_round_to_nearest(quantize):

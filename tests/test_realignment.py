@@ -1,6 +1,8 @@
 """Routers re-fitted in closed form, against numpy and on real models."""
 
 import copy
+import gc
+import weakref
 
 import numpy
 import pytest
@@ -64,6 +66,16 @@ def test_weighted_corrections_are_numpys_too():
         numpy.testing.assert_allclose(solved[expert], expected[0], rtol=1e-4)
 
 
+def test_an_expert_without_any_weight_stays():
+    """In a group that is never chosen, for example."""
+    sums = RidgeSums(HIDDEN, 2, weighted=True)
+    weights = torch.tensor([[1.0, 0.0]]).expand(50, 2)
+    sums.update(torch.randn(50, HIDDEN), torch.randn(50, 2), weights)
+    solved = sums.solve()
+    assert solved[0].abs().max() > 0
+    assert solved[1].eq(0).all()
+
+
 def test_error_weights():
     scores = torch.tensor([[8.0, 5.0, 4.0, 3.0, 2.0, 1.0, 0.0, -torch.inf]])
     assert error_weights(scores, 2, "uniform") is None
@@ -76,6 +88,8 @@ def test_error_weights():
     assert boundary[-1] == 0  # an expert of a group that was not chosen
     flat = error_weights(torch.zeros(1, 4), 2, "boundary")
     assert torch.isfinite(flat).all()
+    no_other = torch.tensor([[3.0, 1.0, -torch.inf, -torch.inf]])
+    assert torch.isfinite(error_weights(no_other, 2, "boundary")).all()
     with pytest.raises(ValueError, match="weighting='top': allowed are uniform"):
         error_weights(scores, 2, "top")
 
@@ -188,8 +202,50 @@ def test_masked_tokens_take_no_part(router):
     assert torch.equal(clean.weight, spoiled.weight)
 
 
+def test_samples_without_a_token_that_counts_are_passed_over(router):
+    mixing = torch.eye(HIDDEN) + 0.1 * torch.randn(HIDDEN, HIDDEN)
+    clean, gaps = copy.deepcopy(router), copy.deepcopy(router)
+
+    def with_gaps():
+        for inputs, target, _ in samples(router, 0.1, mixing, 0):
+            yield inputs, target, torch.zeros(len(inputs))
+            yield inputs, target, torch.ones(len(inputs))
+
+    refit_router(GATE, clean, samples(router, 0.1, mixing, 0))
+    refit_router(GATE, gaps, with_gaps())
+    assert torch.equal(clean.weight, gaps.weight)
+
+
+def test_held_out_samples_do_not_keep_their_batch_alive(router):
+    """A sample may be a view of its batch; 8 of 8 batches would stay otherwise."""
+    batches = []
+
+    def views():
+        for inputs, target, _ in samples(router, 0.1, torch.eye(HIDDEN), 0, 2, 80):
+            batches.append(weakref.ref(inputs))
+            parts = zip(inputs.split(10), target.split(10), strict=True)
+            del inputs, target
+            yield from ((x, z, None) for x, z in parts)
+        gc.collect()
+        assert batches[0]() is None
+
+    refit_router(GATE, router, views())
+    assert len(batches) == 2
+
+
+def test_inputs_that_are_not_finite_name_the_router(router):
+    def broken():
+        for inputs, target, mask in samples(router, 0.1, torch.eye(HIDDEN), 0):
+            yield inputs * torch.inf, target, mask
+
+    weight = router.weight.clone()
+    with pytest.raises(RuntimeError, match="router gate: its inputs are not finite"):
+        refit_router(GATE, router, broken())
+    assert torch.equal(router.weight, weight)
+
+
 def test_one_sample_is_too_few(router):
-    with pytest.raises(ValueError, match="samples=1: allowed are 2 or more"):
+    with pytest.raises(ValueError, match=r"samples=1 .* router gate: allowed are 2"):
         refit_router(GATE, router, samples(router, 0.1, torch.eye(HIDDEN), 0, count=1))
 
 
@@ -236,6 +292,8 @@ def test_a_model_of_any_tool(family):
         n for n, p in q_model.state_dict().items() if not torch.equal(p, before[n])
     }
     assert changed == routers
+    assert q_model.config.vsraq == {"realign_routers": True}  # for `verify`
+    assert not hasattr(fp_model.config, "vsraq")
 
 
 def test_models_with_other_routers_are_refused():

@@ -18,12 +18,12 @@ only.
 
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any, Generic, Literal, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vsraq.routers import Router, router_inputs, router_logits
+from vsraq.routers import Compared, Router, router_values
 
 Kept = TypeVar("Kept")
 
@@ -100,7 +100,7 @@ class RouterCapture(Generic[Kept]):
         module: nn.Module,
         routers: Sequence[Router],
         keep: Callable[[Router, Tensor], Kept] | None = None,
-        what: Literal["logits", "inputs"] = "logits",
+        what: Compared = "logits",
     ) -> None:
         if not routers:
             raise ValueError(
@@ -109,7 +109,7 @@ class RouterCapture(Generic[Kept]):
         self.module = module
         self.routers = tuple(routers)
         self._keep = keep
-        self._read = router_logits if what == "logits" else router_inputs
+        self._what = what
         self._kept: dict[str, list[Kept]] = {r.name: [] for r in self.routers}
         self._handles: list[RemovableHandle] = []
         # while open; a name may come to mean another module (AutoRound wraps layers)
@@ -169,7 +169,7 @@ class RouterCapture(Generic[Kept]):
         if self._keep is None:
             for name, module in self._modules.items():
                 self._kept[name] += [
-                    self._read(module, hidden_states)  # type: ignore[misc]
+                    router_values(module, hidden_states, self._what)  # type: ignore[misc]
                     for hidden_states in module.__dict__.get(_INPUTS, ())
                 ]
         silent = [name for name, kept in self._kept.items() if not kept]
@@ -203,6 +203,7 @@ class RouterCapture(Generic[Kept]):
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> None:
-            kept.append(keep(router, self._read(module, _input(args, kwargs))))
+            values = router_values(module, _input(args, kwargs), self._what)
+            kept.append(keep(router, values))
 
         return hook

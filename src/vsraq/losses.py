@@ -282,7 +282,11 @@ def input_mse(q_inputs: Tensor, fp_inputs: Tensor) -> Tensor:
     Raises:
         ValueError: The shapes differ.
     """
-    _check_shapes(q_inputs, fp_inputs)
+    if q_inputs.shape != fp_inputs.shape:
+        raise ValueError(
+            f"q_inputs has shape {tuple(q_inputs.shape)} and fp_inputs "
+            f"{tuple(fp_inputs.shape)}: allowed are equal shapes, (..., hidden)"
+        )
     return (_computed(q_inputs) - _computed(fp_inputs)).square().mean(-1)
 
 

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 from torch import Tensor
 
@@ -30,8 +30,8 @@ from vsraq.losses import (
     topk_mse,
     vsraq_loss,
 )
+from vsraq.routers import Compared
 
-Compared: TypeAlias = Literal["logits", "inputs"]
 RanksRead: TypeAlias = Callable[[int, int, Mapping[str, Any]], int]
 
 
@@ -71,7 +71,8 @@ class Objective:
             (..., H).
 
     Raises:
-        ValueError: The loss has no such hyper-parameter, or its value is not allowed.
+        ValueError: The loss has no such hyper-parameter, its value is not allowed, or
+            `compares` is neither.
     """
 
     name: str
@@ -82,6 +83,11 @@ class Objective:
     _takes_top_k: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.compares not in get_args(Compared):
+            raise ValueError(
+                f"compares={self.compares!r}: objective {self.name!r} may compare "
+                f"{' or '.join(get_args(Compared))}"
+            )
         parameters = inspect.signature(self.token_loss).parameters
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         own = [n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY]

@@ -18,7 +18,7 @@ Shapes: T tokens, E experts, K top-k, H hidden width.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -92,24 +92,32 @@ class RidgeSums:
 
         Raises:
             ValueError: `ridge` is not positive, or no token was added.
+            torch.linalg.LinAlgError: Inputs are not finite.
         """
         if not ridge > 0:
             raise ValueError(f"ridge={ridge!r}: allowed is a number > 0")
-        scale = self.gram.diagonal(dim1=-2, dim2=-1).mean(-1)
-        if not (scale > 0).all():
+        if not self.gram.any():
             raise ValueError(
                 "RidgeSums holds no token, or only zeros: update() it with the "
                 "router's inputs first"
             )
-        identity = torch.eye(
-            self.gram.shape[-1], dtype=torch.float64, device=self.gram.device
-        )
-        factor = torch.linalg.cholesky(
-            self.gram + ridge * scale[:, None, None] * identity
-        )
-        if len(factor) == 1:
-            return torch.cholesky_solve(self.moment.T, factor[0]).T
-        return torch.cholesky_solve(self.moment[:, :, None], factor)[:, :, 0]
+        if len(self.gram) == 1:
+            return self._solve(self.gram[0], self.moment.T, ridge).T
+        # one system at a time: a batch of them would be E times H x H again
+        columns = [
+            self._solve(gram, moment[:, None], ridge)[:, 0]
+            for gram, moment in zip(self.gram, self.moment, strict=True)
+        ]
+        return torch.stack(columns)
+
+    @staticmethod
+    def _solve(gram: Tensor, moment: Tensor, ridge: float) -> Tensor:
+        scale = gram.diagonal().mean()
+        if scale == 0:  # an expert whose errors have no weight anywhere
+            return torch.zeros_like(moment)
+        regular = gram.clone()
+        regular.diagonal().add_(ridge * scale)
+        return torch.cholesky_solve(moment, torch.linalg.cholesky(regular))
 
 
 def error_weights(scores: Tensor, top_k: int, weighting: Weighting) -> Tensor | None:
@@ -137,7 +145,9 @@ def error_weights(scores: Tensor, top_k: int, weighting: Weighting) -> Tensor | 
         return torch.full_like(scores, 0.05).scatter_(-1, ranked, 1.0)
     if weighting == "boundary":
         ranked = scores.topk(min(top_k + 1, num_experts), dim=-1).values
-        middle = ranked[:, -2:].mean(-1, keepdim=True)
+        last, following = ranked[:, -2:-1], ranked[:, -1:]
+        # groups may leave no expert that could have been selected instead
+        middle = torch.where(following.isfinite(), (last + following) / 2, last)
         spread = (ranked[:, :1] - middle).clamp_min(torch.finfo(scores.dtype).tiny)
         return 1 / (1 + 2 * (scores - middle).abs() / spread)
     raise ValueError(
@@ -213,7 +223,8 @@ def refit_router(
 
     Raises:
         ValueError: `ridge` is not positive, `weighting` is unknown, or there are fewer
-            than two samples.
+            than two samples with tokens that count.
+        RuntimeError: The system cannot be solved.
     """
     weight: Tensor = module.weight  # type: ignore[assignment]
     bias: Tensor | None = None
@@ -237,21 +248,26 @@ def refit_router(
         if mask is not None:
             valid = mask.to(weight.device).bool()
             inputs, target = inputs[valid], target[valid]
+        if len(inputs) == 0:
+            continue
         count += 1
         if count % _HELDOUT_EVERY == 2:  # the second, the tenth, ...
-            heldout.append((inputs, target))
+            # copies: a sample may be a view that keeps its whole batch alive
+            heldout.append((inputs.to("cpu", copy=True), target.to("cpu", copy=True)))
         else:
             residual = target - router_logits(module, inputs)
             sums.update(inputs, residual, weights_of(target))
     if count < 2:
         raise ValueError(
-            f"samples={count}: allowed are 2 or more, one of which decides whether "
-            "the new weight is kept; calibrate on more samples"
+            f"samples={count} with tokens that count, for router {router.name}: "
+            "allowed are 2 or more, one of which decides whether the new weight is "
+            "kept; calibrate on more samples, or pass realign_routers=False"
         )
 
     def judge() -> _Heldout:
         result = _Heldout()
         for inputs, target in heldout:
+            target = target.to(weight.device)
             logits = router_logits(module, inputs)
             error = (logits - target).square()
             weights = weights_of(target)
@@ -262,7 +278,15 @@ def refit_router(
 
     old = weight.clone()
     before = judge()
-    weight.copy_((old.double() + sums.solve(ridge)).to(old.dtype))
+    try:
+        correction = sums.solve(ridge)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise RuntimeError(
+            f"router {router.name}: its inputs are not finite, or its re-fit is "
+            f"singular ({error}); look for inf or NaN in the calibration inputs, pass "
+            "a larger ridge, or do not re-fit it (realign_routers=False)"
+        ) from error
+    weight.copy_((old.double() + correction).to(old.dtype))
     after = judge()
     applied = after.error.compute() < before.error.compute()
     if not applied:
@@ -338,7 +362,19 @@ def realign_routers(
         reports.append(
             refit_router(router, module, streamed, ridge=ridge, weighting=weighting)
         )
+    if any(report.applied for report in reports):
+        record_realignment(q_model)
     return tuple(reports)
+
+
+def record_realignment(model: nn.Module) -> None:
+    """Note in the model's config that its routers were re-fitted.
+
+    It travels with the export, where `vsraq.checkpoint.verify` reads it.
+    """
+    config: Any = getattr(model, "config", None)
+    if config is not None:  # a single block has none
+        config.vsraq = {"realign_routers": True}
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -137,15 +137,17 @@ class Recipe:
         plain["algorithm"] = {
             name: value if isinstance(value, str | int | float | bool) else str(value)
             for name in sorted(_arguments(self._config_class))
-            if (value := self._value(config, name)) is not None
+            if (value := _final_value(config, name)) is not None
         }
         return plain
 
-    @staticmethod
-    def _value(config: SignRoundConfig, name: str) -> Any:
-        """An option's final value; parts of the alignment depend on each other."""
-        alignment = getattr(config, "alignment", None)
-        return getattr(alignment, name, getattr(config, name, None))
+
+def _final_value(config: SignRoundConfig, name: str) -> Any:
+    """An option's value; what the parts of the alignment leave to each other too."""
+    alignment = getattr(config, "alignment", None)
+    if alignment is None or not hasattr(alignment, name):
+        return getattr(config, name, None)
+    return None if name in alignment.idle() else getattr(alignment, name)
 
 
 class _Loader(yaml.SafeLoader):

@@ -11,11 +11,14 @@ and some AutoRound loaders use `nn.Linear`. Names say nothing: `gate_proj` and
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+# what an objective reads of a router: its logits (T, E), or its inputs (T, H)
+Compared: TypeAlias = Literal["logits", "inputs"]
 
 _CORRECTION_BIAS = "e_score_correction_bias"
 
@@ -141,14 +144,27 @@ def router_logits(router: nn.Module, hidden_states: Tensor) -> Tensor:
 
 
 def router_inputs(router: nn.Module, hidden_states: Tensor) -> Tensor:
-    """A router's input as (T, H) in float32; differentiable.
+    """A router's input as (T, H), in its own dtype; differentiable.
 
     Args:
         router: The router module.
         hidden_states: Its input, (..., H).
     """
     weight: Tensor = router.weight  # type: ignore[assignment]
-    return hidden_states.reshape(-1, weight.shape[-1]).float()
+    return hidden_states.reshape(-1, weight.shape[-1])
+
+
+def router_values(router: nn.Module, hidden_states: Tensor, what: Compared) -> Tensor:
+    """A router's logits, (T, E), or its inputs, (T, H).
+
+    Raises:
+        ValueError: `what` is neither.
+    """
+    if what == "logits":
+        return router_logits(router, hidden_states)
+    if what == "inputs":
+        return router_inputs(router, hidden_states)
+    raise ValueError(f"what={what!r}: allowed are {', '.join(get_args(Compared))}")
 
 
 def select_experts(

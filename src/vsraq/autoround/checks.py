@@ -2,11 +2,15 @@
 """What is refused, or said, before the first block is tuned."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
+from auto_round.algorithms.block_runner import _BLOCK_OUTPUT_REGISTRY
 from auto_round.utils import check_to_quantized, get_block_names
 from torch import nn
 
+from vsraq.autoround.config import Alignment
 from vsraq.objectives import Objective
 from vsraq.routers import Router, expert_containers
 
@@ -39,18 +43,62 @@ def check_router(
             )
 
 
+def check_run(alignment: Alignment, calibration: Any) -> None:
+    """Refuse runs in which a part of the alignment cannot work.
+
+    Args:
+        alignment: The parts that are on.
+        calibration: AutoRound's calibration context.
+
+    Raises:
+        ValueError: There are too few samples to re-fit a router.
+        NotImplementedError: Hidden states are not (batch, sequence, hidden), or each
+            of several processes would find weights or routers of its own.
+    """
+    if calibration.batch_dim not in (0, None):  # not set for single blocks
+        raise NotImplementedError(
+            f"batch_dim={calibration.batch_dim}: allowed is 0, hidden states of shape "
+            "(batch, sequence, hidden)"
+        )
+    if alignment.realign_routers and calibration.nsamples < 2:
+        raise ValueError(
+            f"nsamples={calibration.nsamples}: re-fitting routers needs 2 samples or "
+            "more, one of which decides; calibrate on more, or name the parts that you "
+            'want without realign_routers (router_weight="auto", ...)'
+        )
+    weights = (alignment.router_weight, alignment.next_router_weight)
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    if processes > 1 and ("auto" in weights or alignment.realign_routers):
+        raise NotImplementedError(
+            f"world_size={processes}: every process would balance its own weights and "
+            "re-fit its own routers; allowed are weights given as numbers and "
+            "realign_routers=False, or one process"
+        )
+
+
 WITHOUT_NEXT_ROUTER = (
     "no next-router term for this run; allowed is next_router_weight=0 (name the other "
     'parts that you want: router_weight="auto", realign_routers=True)'
 )
 
 
-def check_next_router(orchestrator: Any, composer: "AlgorithmComposer | None") -> None:
+def check_next_router(
+    model: nn.Module, orchestrator: Any, composer: "AlgorithmComposer | None"
+) -> None:
     """Refuse runs whose next block cannot be run ahead of its turn.
 
     Raises:
-        NotImplementedError: It is not rotated yet, or its arguments are not there yet.
+        NotImplementedError: It is not rotated yet, its arguments are not there yet, or
+            it gets more than the hidden states of the block before it.
     """
+    blocks = {name for group in get_block_names(model) for name in group}
+    classes = {type(model.get_submodule(name)).__name__ for name in blocks}
+    several = sorted(classes & _BLOCK_OUTPUT_REGISTRY.keys())
+    if several:
+        raise NotImplementedError(
+            f"{WITHOUT_NEXT_ROUTER}: {', '.join(several)} hands more than its hidden "
+            "states to the next block, which the term does not follow"
+        )
     if composer is not None and composer.has_layerwise_rotation:
         raise NotImplementedError(
             f"{WITHOUT_NEXT_ROUTER}: with layer-wise rotation the next block is not "
@@ -76,13 +124,14 @@ def within_reach(model: nn.Module, routers: Sequence[Router]) -> bool:
     """
     blocks = {name for group in get_block_names(model) for name in group}
     for router in routers:
-        containers = expert_containers(model, [router])
-        moe_layers = {f"{name.rpartition('.')[0]}." for name in containers}
-        for block in blocks:
-            if not router.name.startswith(f"{block}."):
+        for name in blocks:
+            if not router.name.startswith(f"{name}."):
                 continue
-            for name, module in model.get_submodule(block).named_modules(prefix=block):
-                inside = any(name.startswith(layer) for layer in moe_layers)
+            block = model.get_submodule(name)
+            own = replace(router, name=router.name.removeprefix(f"{name}."))
+            moe_layers = [c.rpartition(".")[0] for c in expert_containers(block, [own])]
+            for layer_name, module in block.named_modules():
+                inside = any(layer_name.startswith(f"{m}.") for m in moe_layers)
                 if (
                     isinstance(module, nn.Linear)
                     and not inside

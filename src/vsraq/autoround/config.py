@@ -2,17 +2,14 @@
 """`VSRAQConfig`: AutoRound's SignRound configuration plus a router objective."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 
 from vsraq.autoround.terms import Weight
 from vsraq.objectives import Objective, get_objective
-from vsraq.realignment import Weighting
-
-DEFAULT_LOOKAHEAD = 2
-DEFAULT_AUTO_RATIO = 1.0
+from vsraq.realignment import DEFAULT_RIDGE, Weighting
 
 _HYPERPARAMETERS = (
     "multiplier",
@@ -30,22 +27,46 @@ _HYPERPARAMETERS = (
 
 @dataclass(frozen=True)
 class Alignment:
-    """Which parts of router alignment a run has.
+    """Which parts of router alignment a run has, every option with its final value.
 
     Attributes:
         router_weight: Weight of the own routers' loss; 0 is off.
         next_router_weight: Weight of the next router's loss; 0 is off.
         realign_routers: Whether routers are re-fitted.
+        lookahead: Blocks that may be run to reach the next router.
+        auto_ratio: Strength of automatic weights.
+        realign_ridge: Ridge of the re-fit.
+        realign_weighting: Which errors the re-fit counts.
     """
 
-    router_weight: Weight
-    next_router_weight: Weight
-    realign_routers: bool
+    router_weight: Weight = 0.0
+    next_router_weight: Weight = 0.0
+    realign_routers: bool = False
+    lookahead: int = 2
+    auto_ratio: float = 1.0
+    realign_ridge: float = DEFAULT_RIDGE
+    realign_weighting: Weighting = "uniform"
 
     def __bool__(self) -> bool:
         """Whether any part is on."""
-        weights = (self.router_weight, self.next_router_weight)
-        return any(weight != 0 for weight in weights) or self.realign_routers
+        return self.has_terms or self.realign_routers
+
+    @property
+    def has_terms(self) -> bool:
+        """Whether a router loss takes part in the tuning."""
+        return self.router_weight != 0 or self.next_router_weight != 0
+
+    def idle(self) -> dict[str, str]:
+        """Options that have no effect, and what each of them needs."""
+        needed = {}
+        if self.next_router_weight == 0:
+            needed["lookahead"] = "a next_router_weight"
+        if "auto" not in (self.router_weight, self.next_router_weight):
+            needed["auto_ratio"] = 'a weight of "auto"'
+        if not self.realign_routers:
+            needed["realign_ridge"] = "realign_routers=True"
+            needed["realign_weighting"] = "realign_routers=True"
+        return needed
 
 
 # chosen by benchmarks/routing.py; see docs/results.md
@@ -66,11 +87,13 @@ class VSRAQConfig(SignRoundConfig):
 
     Without `router_weight`, `next_router_weight` and `realign_routers` all three are
     on, with automatic weights: the recipe that measured best. Name one of them, and
-    those that are not named are off: `router_weight=0.01` is VSRAQ's own setting,
-    `router_weight=0` AutoRound's own algorithm, bit for bit.
+    those that are not named are off: `objective="vsraq", router_weight=0.01` is the
+    setting of the VSRAQ paper, `router_weight=0` AutoRound's own algorithm, bit for
+    bit.
 
     Args:
-        objective: A name from `vsraq.OBJECTIVES`, or a `vsraq.Objective`.
+        objective: A name from `vsraq.OBJECTIVES`, or a `vsraq.Objective`; the default
+            is the one that measured best, "top3k_mse".
         router_weight: lambda >= 0, or "auto". The VSRAQ paper uses 0.01
             (Solar-Open-100B) and 0.1 (Nemotron-3-Nano); the losses have no common
             scale, so "auto" balances them per block: auto_ratio times the ratio of the
@@ -162,12 +185,15 @@ class VSRAQConfig(SignRoundConfig):
     @property
     def alignment(self) -> Alignment:
         """The parts that are on: those that are named, or else the default recipe."""
-        names = ("router_weight", "next_router_weight", "realign_routers")
+        names = [field.name for field in fields(Alignment)]
         named = {n: v for n in names if (v := getattr(self, n)) is not None}
-        if not named:
-            return DEFAULT_RECIPE
-        off: dict[str, Any] = {"router_weight": 0.0, "next_router_weight": 0.0}
-        return Alignment(**off | {"realign_routers": False} | named)
+        if not named.keys() & {
+            "router_weight",
+            "next_router_weight",
+            "realign_routers",
+        }:
+            return replace(DEFAULT_RECIPE, **named)
+        return Alignment(**named)
 
     def resolve_objective(self) -> Objective:
         """The objective with the hyper-parameters of this configuration.
@@ -248,19 +274,20 @@ class VSRAQConfig(SignRoundConfig):
     def _check_without_effect(self) -> None:
         """Refuse options that would change nothing."""
         alignment = self.alignment
-        weights = (alignment.router_weight, alignment.next_router_weight)
-        next_router = alignment.next_router_weight != 0
-        for name, has_effect, needed in (
-            ("next_router_objective", next_router, "a next_router_weight"),
-            ("lookahead", next_router, "a next_router_weight"),
-            ("auto_ratio", "auto" in weights, 'a weight of "auto"'),
-            ("realign_ridge", alignment.realign_routers, "realign_routers=True"),
-            ("realign_weighting", alignment.realign_routers, "realign_routers=True"),
-        ):
+        needed = alignment.idle()
+        if alignment.next_router_weight == 0:
+            needed["next_router_objective"] = "a next_router_weight"
+        own_is_read = alignment.router_weight != 0 or (
+            alignment.next_router_weight != 0 and self.next_router_objective is None
+        )
+        if not own_is_read:
+            term = "a term that has this objective (router_weight)"
+            needed |= dict.fromkeys(_HYPERPARAMETERS, term)
+        for name, what in needed.items():
             value = getattr(self, name)
-            if value is not None and not has_effect:
+            if value is not None:
                 raise ValueError(
-                    f"{name}={value!r}: it has no effect without {needed}; pass that "
+                    f"{name}={value!r}: it has no effect without {what}; pass that "
                     f"too, or leave {name} out"
                 )
 

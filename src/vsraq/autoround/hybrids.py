@@ -49,17 +49,18 @@ def adapt_attention_mask(
         return
     of_padding = all(m.ndim == 2 and not m.is_floating_point() for m in masks)
     kinds = layer_kinds(model, block_names)
-    if not of_padding or len(set(kinds)) == 1:
+    attention = str(getattr(model.config, "_attn_implementation", None))
+    # Flash attention takes the mask of padding too.
+    if not of_padding or len(set(kinds)) == 1 or attention.startswith("flash"):
         return
     described = f"model={type(model).__name__}: its layers are {_counted(kinds)}"
-    padded = sum(bool((mask.diff(dim=-1) > 0).any()) for mask in masks)
+    padded = sum(bool((mask.int().diff(dim=-1) > 0).any()) for mask in masks)
     if padded:
         raise ValueError(
             f"{described}, and {padded} calibration samples are padded before their "
             "end; AutoRound hands one mask to all layers, which attention cannot take; "
             "allowed is padding at the end, or samples of seqlen tokens"
         )
-    attention = getattr(model.config, "_attn_implementation", None)
     if attention == "eager":
         raise ValueError(
             f"{described}, and attn_implementation='eager' is not causal without a "

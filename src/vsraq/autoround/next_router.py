@@ -23,17 +23,21 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from vsraq.capture import router_input
-from vsraq.objectives import Compared
-from vsraq.routers import Router, expert_containers, router_inputs, router_logits
+from vsraq.routers import Compared, Router, expert_containers, router_values
 
 
 class _NotLoaded(nn.Module):
     """Stands where a block's experts were."""
 
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
     def forward(self, *_args: Any, **_kwargs: Any) -> Tensor:
         raise NotImplementedError(
-            "this block calls its experts before its router, so the next router's "
-            "input cannot be computed without them; allowed is next_router_weight=0"
+            f"{self.name}: its block calls its experts before its router module, or "
+            "uses the router's weight without calling that, so the router's input "
+            "cannot be had without them; allowed is next_router_weight=0"
         )
 
 
@@ -41,6 +45,7 @@ class NextRouter:
     """The following blocks up to a router, in full precision.
 
     Args:
+        name: The router's qualified name in the model.
         router: The router, named relative to the last block.
         blocks: One or more following blocks; the last one holds the router.
         runner: AutoRound's runner, for its batches, precision and device.
@@ -48,10 +53,12 @@ class NextRouter:
 
     def __init__(
         self,
+        name: str,
         router: Router,
         blocks: Sequence[nn.Module],
         runner: BlockForwardRunner,
     ) -> None:
+        self.name = name
         self.router = router
         self._blocks = tuple(blocks)
         self._runner = runner
@@ -96,8 +103,7 @@ class NextRouter:
         last = self._blocks[-1]
         module = last.get_submodule(self.router.name)
         inputs = router_input(module, lambda: forward(last, hidden_states))
-        read = router_logits if what == "logits" else router_inputs
-        return read(module, inputs)
+        return router_values(module, inputs, what)
 
 
 def find_next_router(
@@ -150,7 +156,7 @@ def load_without_experts(
     block = model.get_submodule(name)
     # What is in memo, deepcopy takes instead of a copy.
     memo: dict[int, Any] = {
-        id(block.get_submodule(experts)): _NotLoaded()
+        id(block.get_submodule(experts)): _NotLoaded(f"{name}.{experts}")
         for experts in expert_containers(
             block,
             [replace(r, name=r.name.removeprefix(f"{name}.")) for r in routers],
@@ -191,7 +197,10 @@ def _read(
             load_block_from_model_files(offloader.model_dir, name, loaded)
         return
     with safe_open(saved["save_path"], framework="pt") as file:
+        saved_names = set(file.keys())
         for tensor_name in missing:
+            if tensor_name not in saved_names:
+                continue
             owner_name, _, attribute = tensor_name.rpartition(".")
             owner = loaded.get_submodule(owner_name)
             tensor = file.get_tensor(tensor_name)

@@ -6,12 +6,12 @@ Seams of AutoRound 0.16 used here, each pinned by a contract test: `prepare_run`
 `_step`, `finalize_run`. Nothing is patched.
 """
 
-import copy
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,17 +27,12 @@ from torch import Tensor, nn
 
 from vsraq.autoround.balance import balance_terms
 from vsraq.autoround.checks import (
-    WITHOUT_NEXT_ROUTER,
     check_next_router,
     check_router,
+    check_run,
     within_reach,
 )
-from vsraq.autoround.config import (
-    DEFAULT_AUTO_RATIO,
-    DEFAULT_LOOKAHEAD,
-    Alignment,
-    VSRAQConfig,
-)
+from vsraq.autoround.config import Alignment, VSRAQConfig
 from vsraq.autoround.hybrids import adapt_attention_mask
 from vsraq.autoround.next_router import (
     NextRouter,
@@ -54,8 +49,9 @@ from vsraq.autoround.terms import (
 )
 from vsraq.capture import RouterCapture, router_input
 from vsraq.losses import FpLogits, RankedLogits, rank_logits
-from vsraq.realignment import DEFAULT_RIDGE, refit_router
+from vsraq.realignment import record_realignment, refit_router
 from vsraq.routers import (
+    Compared,
     Router,
     declared_router_classes,
     find_routers,
@@ -121,10 +117,16 @@ class VSRAQQuantizer(SignRoundQuantizer):
         self._router_classes: tuple[type, ...] = ()
         self._fp_capture: RouterCapture[FpLogits] | None = None
         self._run: BlockRun | None = None
+        self._checked = False
 
     @property
     def _alignment(self) -> Alignment:
         return self.config.alignment
+
+    @property
+    def _reads_full_precision(self) -> bool:
+        """Whether a block's own routers are captured in full precision."""
+        return self._alignment.router_weight != 0 or self._alignment.realign_routers
 
     # ── Run ──────────────────────────────────────────────────────────────────
 
@@ -146,6 +148,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
         """What decides the tuned weights besides AutoRound's own run signature."""
         own = {k: v for k, v in vars(self.config).items() if not k.startswith("_")}
         own |= {
+            "vsraq": version("vsraq"),
+            "alignment": self._alignment,
             "objective": self._objective,
             "next_router_objective": self._next_objective,
             "seed": self._seed,
@@ -163,62 +167,78 @@ class VSRAQQuantizer(SignRoundQuantizer):
 
         Raises:
             ValueError: The model has no MoE router, one is to be quantized, the
-                objective needs more experts than one has, or `AR_RESUME_DIR` holds an
+                objective needs more experts than one has, calibration samples are too
+                few or padded as a hybrid cannot take it, or `AR_RESUME_DIR` holds an
                 unfinished run with other settings.
-            NotImplementedError: Its hidden states are not (batch, sequence, hidden).
+            NotImplementedError: Its hidden states are not (batch, sequence, hidden),
+                its blocks cannot be run ahead, or several processes tune together.
         """
         super().prepare_run(composer=composer)
         if envs.AR_RESUME_DIR:
             guard_resume(envs.AR_RESUME_DIR, self._settings(composer))
-        for block_names in get_block_names(self.model):
-            cached = (self._orchestrator.inputs or {}).get(block_names[0])
+        for group in self._orchestrator.quant_block_list or self._block_groups():
+            cached = (self._orchestrator.inputs or {}).get(group[0])
             if cached is not None:
-                adapt_attention_mask(self.model, block_names, cached)
-        if not self._alignment:
-            return
+                adapt_attention_mask(self.model, self._group_of(group[0]), cached)
+        if self._alignment:
+            self._check_model(composer)
+
+    def _block_groups(self) -> list[list[str]]:
+        groups: list[list[str]] = get_block_names(self.model)
+        return groups
+
+    def _group_of(self, block: str) -> list[str]:
+        """All blocks of the stack that a block is in, tuned or not."""
+        return next((g for g in self._block_groups() if block in g), [block])
+
+    def _check_model(self, composer: "AlgorithmComposer | None") -> None:
+        """What `prepare_run` refuses or says about the model and its routers."""
+        self._checked = True
+        alignment, model = self._alignment, type(self.model).__name__
         routers = tuple(self._routers.values())
         if not routers:
             raise ValueError(
-                f"model={type(self.model).__name__}: it has no MoE router, so a router "
-                "loss has nothing to align; allowed are MoE models; use AutoRound's "
-                "SignRoundConfig for a dense one"
+                f"model={model}: it has no MoE router, so a router loss has nothing to "
+                "align; allowed are MoE models; use AutoRound's SignRoundConfig for a "
+                "dense one"
             )
         for router in routers:
             check_router(self.model, router, (self._objective, self._next_objective))
+        check_run(alignment, self.calibration_context)
         if self.compress_context.enable_torch_compile:
             # Code compiled for an earlier run of this process knows no router hook,
             # and torch.compile does not look whether there is one.
             torch.compiler.reset()
-        if self.calibration_context.batch_dim != 0:
-            raise NotImplementedError(
-                f"batch_dim={self.calibration_context.batch_dim}: allowed is 0, hidden "
-                "states of shape (batch, sequence, hidden)"
-            )
-        if self._alignment.next_router_weight != 0:
-            check_next_router(self._orchestrator, composer)
-        elif self._alignment.router_weight != 0 and not within_reach(
-            self.model, routers
+        if alignment.next_router_weight != 0:
+            check_next_router(self.model, self._orchestrator, composer)
+        one_block = self.config.nblocks == 1 and not self.config.enable_norm_bias_tuning
+        if (
+            alignment.router_weight != 0
+            and one_block
+            and not within_reach(self.model, routers)
         ):
-            logger.warning(
+            logger.log(
+                logging.WARNING if alignment.next_router_weight == 0 else logging.INFO,
                 "vsraq: router_weight=%s: in no MoE block of %s does a quantized layer "
-                "stand before the router, so the router loss tunes nothing, and the "
-                'run equals AutoRound\'s own; pass next_router_weight="auto", which '
-                "reaches the layers before a MoE block and its experts",
-                self._alignment.router_weight,
-                type(self.model).__name__,
+                "stand before the router, so the own-router loss tunes nothing; "
+                'next_router_weight="auto" reaches the layers before a MoE block and '
+                "its experts",
+                alignment.router_weight,
+                model,
             )
-        if self._alignment.realign_routers and hasattr(self.model, "config"):
-            # travels with the export, so that `verify` expects other routers
-            self.model.config.vsraq = {"realign_routers": True}
+        if alignment.realign_routers:
+            record_realignment(self.model)
+        elif hasattr(getattr(self.model, "config", None), "vsraq"):
+            del self.model.config.vsraq  # of an earlier run of this model
         logger.info(
             "vsraq: %d routers; router_weight=%s, objective %s; next_router_weight=%s, "
             "objective %s; realign_routers=%s",
             len(routers),
-            self._alignment.router_weight,
+            alignment.router_weight,
             self._objective,
-            self._alignment.next_router_weight,
+            alignment.next_router_weight,
             self._next_objective,
-            self._alignment.realign_routers,
+            alignment.realign_routers,
         )
 
     def finalize_run(self) -> None:
@@ -234,9 +254,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
         handles = super().register_fp_input_forward_hooks(block)
         self._drop_fp_capture()
         routers = self._routers_of(block)
-        if routers and (
-            self._alignment.router_weight != 0 or self._alignment.realign_routers
-        ):
+        if routers and self._reads_full_precision:
             self._fp_capture = self._open_fp_capture(block, routers)
             handles.append(_CaptureHandle(self._fp_capture))
         return handles
@@ -251,12 +269,15 @@ class VSRAQQuantizer(SignRoundQuantizer):
     ) -> RouterCapture[FpLogits]:
         cache_device = self.compress_context.cache_device
 
+        own_term = self._alignment.router_weight != 0
+        what: Compared = self._objective.compares if own_term else "logits"
+
         def keep(router: Router, values: Tensor) -> FpLogits:
-            if self._alignment.realign_routers and self._objective.compares == "logits":
+            if self._alignment.realign_routers and what == "logits":
                 return rank_logits(values).to(cache_device)
             return self._objective.target(values, top_k=router.top_k).to(cache_device)
 
-        return RouterCapture(block, routers, keep, self._objective.compares).open()
+        return RouterCapture(block, routers, keep, what).open()
 
     def _drop_fp_capture(self) -> None:
         if self._fp_capture is not None:
@@ -329,12 +350,14 @@ class VSRAQQuantizer(SignRoundQuantizer):
 
         if not self._alignment:
             return tune()
+        if not self._checked:  # llm-compressor's single blocks are not prepared
+            self._check_model(None)
         name = "+".join(block_ctx.block_names)
         routers = self._routers_of(block)
         use_q = q_inputs is not None and self.enable_quanted_input
         inputs = q_inputs if use_q else fp_inputs
         fp_targets = {}
-        if self._fp_capture is not None:
+        if routers and self._reads_full_precision:
             fp_targets = self._take_fp_targets(
                 name, block, fp_inputs, input_others, fp_outputs, q_inputs
             )
@@ -348,7 +371,9 @@ class VSRAQQuantizer(SignRoundQuantizer):
             if self._alignment.next_router_weight != 0:
                 next_router = self._next_router(name, block_ctx.block_names[-1])
                 if next_router is not None:
-                    terms.append(self._next_term(next_router, fp_outputs, input_others))
+                    terms.append(
+                        self._next_term(name, next_router, fp_outputs, input_others)
+                    )
             if terms:
                 run = BlockRun(name, terms, not self.not_use_best_mse)
                 stack.enter_context(self._tuning(run, inputs, input_others, fp_outputs))
@@ -356,6 +381,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
         if terms:
             run.finish_iteration()  # an early stop skips the last _step
             self._log(run)
+        del terms  # and with them the blocks that were run ahead
         if self._alignment.realign_routers:
             for router in routers:
                 self._refit(name, block, router, fp_targets, inputs, input_others)
@@ -380,13 +406,9 @@ class VSRAQQuantizer(SignRoundQuantizer):
         )
 
     def _next_router(self, name: str, last_block: str) -> NextRouter | None:
-        for group in get_block_names(self.model):
-            if last_block in group:
-                following = group[group.index(last_block) + 1 :]
-                break
-        else:
-            following = []
-        lookahead = self.config.lookahead or DEFAULT_LOOKAHEAD
+        group = self._group_of(last_block)
+        following = group[group.index(last_block) + 1 :]
+        lookahead = self._alignment.lookahead
         found = find_next_router(following, self._routers, lookahead)
         if found is None:
             logger.info(
@@ -396,11 +418,6 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 min(lookahead, len(following)),
             )
             return None
-        if getattr(self.block_forward, "last_output_dict", None):
-            raise NotImplementedError(
-                f"{WITHOUT_NEXT_ROUTER}: block {name} hands more than its hidden "
-                "states to the next block, which the term does not follow"
-            )
         blocks, router = found
         device = self.block_forward.device
         loaded = [
@@ -414,10 +431,13 @@ class VSRAQQuantizer(SignRoundQuantizer):
             )
             for block in blocks
         ]
-        return NextRouter(router, loaded, self.block_forward)
+        return NextRouter(
+            f"{blocks[-1]}.{router.name}", router, loaded, self.block_forward
+        )
 
     def _next_term(
         self,
+        name: str,
         next_router: NextRouter,
         fp_outputs: Sequence[Tensor],
         input_others: dict[str, Any],
@@ -449,7 +469,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
             objective,
             self._alignment.next_router_weight,
             (router,),
-            {router.name: split_samples(router.name, router.name, kept, tokens)},
+            {router.name: split_samples(name, next_router.name, kept, tokens)},
             q_values,
         )
 
@@ -518,7 +538,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 run.terms,
                 losses,
                 reconstruction,
-                self.config.auto_ratio or DEFAULT_AUTO_RATIO,
+                self._alignment.auto_ratio,
             )
 
     def _mask(
@@ -543,12 +563,12 @@ class VSRAQQuantizer(SignRoundQuantizer):
         targets = fp_targets[router.name]
         mask = getattr(self, "_cached_valid_token_mask", None)
         batch_size = self.block_forward.batch_size
-        fp_router = copy.deepcopy(module)
 
         def logits_of(target: FpLogits) -> Tensor:
             if isinstance(target, RankedLogits):
                 return target.logits()
-            return router_logits(fp_router, target)
+            # refit_router reads all samples before it changes the weight
+            return router_logits(module, target)
 
         def samples() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
             for start in range(0, len(targets), batch_size):
@@ -559,18 +579,19 @@ class VSRAQQuantizer(SignRoundQuantizer):
                         block, inputs, input_others, torch.tensor(batch)
                     ),
                 )
-                tokens = [len(logits_of(targets[i])) for i in batch]
+                logits = [logits_of(targets[i]) for i in batch]
                 flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-                for i, own in zip(batch, flat.split(tokens), strict=True):
-                    yield own, logits_of(targets[i]), self._mask(mask, [i])
+                own = flat.split([len(z) for z in logits])
+                for i, x, z in zip(batch, own, logits, strict=True):
+                    yield x, z, self._mask(mask, [i])
 
         with torch.no_grad(), _eager():
             refit = refit_router(
                 replace(router, name=f"{name}.{router.name}"),
                 module,
                 samples(),
-                ridge=self.config.realign_ridge or DEFAULT_RIDGE,
-                weighting=self.config.realign_weighting or "uniform",
+                ridge=self._alignment.realign_ridge,
+                weighting=self._alignment.realign_weighting,
             )
         logger.info("vsraq: %s", refit)
 
@@ -650,15 +671,15 @@ class VSRAQQuantizer(SignRoundQuantizer):
             return
         logger.info("vsraq: %s", run.summary())
         for term in run.terms:
-            if not term.reaches_something:
+            own = term.label == OWN_ROUTER
+            alignment = self._alignment
+            given = alignment.router_weight if own else alignment.next_router_weight
+            if given != "auto" and not term.reaches_something:
                 logger.warning(
                     "vsraq: %s: the %s loss reaches no quantized layer of this block, "
-                    "because none stands before its router; it had no effect there%s",
+                    "because none stands before its router; it had no effect there",
                     run.name,
                     term.label,
-                    "; next_router_weight reaches the experts of the block before"
-                    if self._alignment.next_router_weight == 0
-                    else "",
                 )
 
 

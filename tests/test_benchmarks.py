@@ -1,0 +1,99 @@
+"""The routing benchmark: its cells, its arithmetic, and the documents that quote it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import routing
+from vsraq import VSRAQConfig
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = (ROOT / "docs" / "results.md").read_text()
+
+
+def command(*arguments, results):
+    return subprocess.run(
+        [sys.executable, routing.__file__, *arguments, "--results", results],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
+def test_a_finished_cell_is_not_run_again(tmp_path):
+    results = tmp_path / "results.jsonl"
+    run = ["run", "--models=solar_open", "--schemes=W4A16", "--seeds=0"]
+    run += ["--iters=1", "--nsamples=4", "--windows=2", "--methods"]
+    methods = ["RTN", "AutoRound", "RTN + re-fit"]
+    first = command(*run, *methods[:2], results=results)
+    assert len(re.findall(r"^\[", first, re.M)) == 2
+    second = command(*run, *methods, results=results)
+    assert [m[1] for m in re.finditer(r"^\[(\d)/3\]", second, re.M)] == ["3"]
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [line["method"] for line in lines] == methods
+    for line in lines:
+        assert len(line["heldout"]["jaccard"]) == 6
+        assert line["peak_mib"] > 100
+    table = command("table", "--iters=1", "--nsamples=4", results=results)
+    assert "| solar_open | W4A16 | AutoRound |" in table
+
+
+def test_the_methods_are_configurations():
+    for name in routing.METHODS:
+        cell = routing.Cell("solar_open", "", "W4A16", name, 0, 1, 2)
+        config = routing.config_of(cell)
+        assert config == "rtn" or config.iters == 1
+    default = routing.Cell("solar_open", "", "W4A16", routing.DEFAULT, 0, 1, 2)
+    config = routing.config_of(default)
+    assert config.alignment == VSRAQConfig().alignment
+    assert config.resolve_objective() == VSRAQConfig().resolve_objective()
+
+
+def result(method, seed, jaccard, kl, seconds):
+    return {
+        "model": "solar_open",
+        "weights": "x",
+        "scheme": "W4A16",
+        "method": method,
+        "seed": seed,
+        "iters": 50,
+        "nsamples": 32,
+        "seconds": seconds,
+        "peak_mib": 100.0,
+        "heldout": {"jaccard": {"a": jaccard, "b": 1.0}, "kl": kl, "perplexity": 9.0},
+    }
+
+
+def test_the_share_of_the_gap_is_taken_within_a_seed():
+    results = [
+        result("AutoRound", 0, 0.8, 0.10, 10),
+        result("VSRAQ", 0, 0.9, 0.08, 12),
+        result("AutoRound", 1, 0.6, 0.20, 10),
+        result("VSRAQ", 1, 0.7, 0.21, 11),
+        result("VSRAQ", 2, 0.9, 0.01, 11),  # no AutoRound to compare with
+    ]
+    table = routing.rows(results, "heldout", 50, 32)
+    row = table["solar_open", "W4A16", "VSRAQ"]
+    assert row.jaccard_closed == pytest.approx([0.5, 0.25])
+    assert row.kl_closed == pytest.approx([0.2, -0.05])
+    assert row.time_ratio == pytest.approx([1.2, 1.1])
+    assert row.jaccard == pytest.approx([0.95, 0.85])
+    plain = table["solar_open", "W4A16", "AutoRound"]
+    assert plain.jaccard_closed == [0.0, 0.0]
+    summary = routing.format_summary(table, ["W4A16"])
+    assert "| VSRAQ | 37.5 | 7.5 | 37.5 | 7.5 | 1.15 | 1 |" in summary
+
+
+@pytest.mark.parametrize("part", ["summary", "table"])
+def test_the_document_shows_what_the_command_prints(part):
+    shown = DOCUMENT.split(f"<!-- {part} -->\n")[1].split("\n\n")[0]
+    results = routing.read_results(routing.RESULTS)
+    rows = routing.rows(results, "heldout", 50, 32)
+    if part == "table":
+        assert shown == routing.format_table(rows)
+    else:
+        assert shown == routing.format_summary(rows, ["W4A16", "W3A16", "NVFP4"])
