@@ -91,6 +91,7 @@ def test_the_public_names():
         "VSRAQConfig",
         "__version__",
         "find_routers",
+        "realign_routers",
     }
 
 
