@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,7 @@ from vsraq.autoround.terms import (
     NEXT_ROUTER,
     OWN_ROUTER,
     BlockRun,
+    BlockTensors,
     RouterTerm,
     split_samples,
 )
@@ -288,10 +290,9 @@ class VSRAQQuantizer(SignRoundQuantizer):
         self,
         name: str,
         block: nn.Module,
-        inputs: Any,
-        input_others: dict[str, Any],
-        fp_outputs: Sequence[Tensor],
-        q_inputs: Any,
+        tensors: BlockTensors,
+        *,
+        derivable: bool,
     ) -> dict[str, list[FpLogits]]:
         """What every router has in full precision, split by sample."""
         capture = self._fp_capture
@@ -304,7 +305,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
         try:
             kept = capture.take()
         except RuntimeError as error:
-            if q_inputs is not None:
+            if not derivable:
                 raise RuntimeError(
                     f"block {name}: no full-precision router logits were captured, and "
                     "its inputs are the quantized stream, so they cannot be derived; "
@@ -313,11 +314,10 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 ) from error
             # The caller passed reference_output and so skipped AutoRound's forward.
             with capture, torch.no_grad(), _eager():
-                self.block_forward.forward(block, inputs, input_others)
+                self.block_forward.forward(block, tensors.inputs, tensors.others)
                 kept = capture.take()
-        tokens = [output.numel() // output.shape[-1] for output in fp_outputs]
         return {
-            router: split_samples(name, router, calls, tokens)
+            router: split_samples(name, router, calls, tensors.tokens)
             for router, calls in kept.items()
         }
 
@@ -355,12 +355,34 @@ class VSRAQQuantizer(SignRoundQuantizer):
         name = "+".join(block_ctx.block_names)
         routers = self._routers_of(block)
         use_q = q_inputs is not None and self.enable_quanted_input
-        inputs = q_inputs if use_q else fp_inputs
+        tensors = BlockTensors(
+            q_inputs if use_q else fp_inputs, input_others, fp_outputs
+        )
         fp_targets = {}
         if routers and self._reads_full_precision:
             fp_targets = self._take_fp_targets(
-                name, block, fp_inputs, input_others, fp_outputs, q_inputs
+                name, block, tensors, derivable=q_inputs is None
             )
+        last_block = block_ctx.block_names[-1]
+        best_params = self._tune(
+            tune, name, last_block, routers, fp_targets, block, tensors
+        )
+        if self._alignment.realign_routers:
+            for router in routers:
+                self._refit(name, block, router, fp_targets, tensors)
+        return best_params
+
+    def _tune(
+        self,
+        tune: Callable[[], dict[str, Any]],
+        name: str,
+        last_block: str,
+        routers: Sequence[Router],
+        fp_targets: dict[str, list[FpLogits]],
+        block: nn.Module,
+        tensors: BlockTensors,
+    ) -> dict[str, Any]:
+        """AutoRound's loop with the terms of this block."""
         with ExitStack() as stack:
             terms = []
             if routers and self._alignment.router_weight != 0:
@@ -369,22 +391,16 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 )
                 terms.append(self._own_term(routers, fp_targets, capture))
             if self._alignment.next_router_weight != 0:
-                next_router = self._next_router(name, block_ctx.block_names[-1])
+                next_router = self._next_router(name, last_block)
                 if next_router is not None:
-                    terms.append(
-                        self._next_term(name, next_router, fp_outputs, input_others)
-                    )
-            if terms:
-                run = BlockRun(name, terms, not self.not_use_best_mse)
-                stack.enter_context(self._tuning(run, inputs, input_others, fp_outputs))
+                    terms.append(self._next_term(name, next_router, tensors))
+            if not terms:
+                return tune()
+            run = BlockRun(name, terms, not self.not_use_best_mse)
+            stack.enter_context(self._tuning(run, tensors))
             best_params = tune()
-        if terms:
-            run.finish_iteration()  # an early stop skips the last _step
-            self._log(run)
-        del terms  # and with them the blocks that were run ahead
-        if self._alignment.realign_routers:
-            for router in routers:
-                self._refit(name, block, router, fp_targets, inputs, input_others)
+        run.finish_iteration()  # an early stop skips the last _step
+        self._log(run)
         return best_params
 
     def _own_term(
@@ -439,37 +455,33 @@ class VSRAQQuantizer(SignRoundQuantizer):
         self,
         name: str,
         next_router: NextRouter,
-        fp_outputs: Sequence[Tensor],
-        input_others: dict[str, Any],
+        tensors: BlockTensors,
     ) -> RouterTerm:
         router = next_router.router
         objective = self._next_objective
         cache_device = self.compress_context.cache_device
-        batch_size = self.block_forward.batch_size
+
+        def values(output: Tensor, samples: list[int]) -> Tensor:
+            return next_router.values(
+                output, tensors.others, samples, objective.compares
+            )
+
         kept = []
         with torch.no_grad():
-            for start in range(0, len(fp_outputs), batch_size):
-                samples = list(range(len(fp_outputs)))[start : start + batch_size]
-                output = torch.cat([fp_outputs[i] for i in samples])
-                values = next_router.values(
-                    output, input_others, samples, objective.compares
-                )
-                target = objective.target(values, top_k=router.top_k)
+            for samples in tensors.batches(self.block_forward.batch_size):
+                fp_values = values(tensors.reference(samples), samples)
+                target = objective.target(fp_values, top_k=router.top_k)
                 kept.append(target.to(cache_device))
-        tokens = [output.numel() // output.shape[-1] for output in fp_outputs]
 
         def q_values(output: Tensor, samples: list[int]) -> dict[str, Tensor]:
-            values = next_router.values(
-                output, input_others, samples, objective.compares
-            )
-            return {router.name: values}
+            return {router.name: values(output, samples)}
 
         return RouterTerm(
             NEXT_ROUTER,
             objective,
             self._alignment.next_router_weight,
             (router,),
-            {router.name: split_samples(name, next_router.name, kept, tokens)},
+            {router.name: split_samples(name, next_router.name, kept, tensors.tokens)},
             q_values,
         )
 
@@ -477,9 +489,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
     def _tuning(
         self,
         run: BlockRun,
-        inputs: Any,
-        input_others: dict[str, Any],
-        fp_outputs: Sequence[Tensor],
+        tensors: BlockTensors,
     ) -> Iterator[None]:
         """Tune with the terms of a block; they are probed once its layers are wrapped.
 
@@ -490,7 +500,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
 
         def wrap(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
             names = wrapper_block(block, *args, **kwargs)
-            self._probe(run, block, inputs, input_others, fp_outputs)
+            self._probe(run, block, tensors)
             self._run = run
             return names
 
@@ -505,29 +515,26 @@ class VSRAQQuantizer(SignRoundQuantizer):
         self,
         run: BlockRun,
         block: nn.Module,
-        inputs: Any,
-        input_others: dict[str, Any],
-        fp_outputs: Sequence[Tensor],
+        tensors: BlockTensors,
     ) -> None:
         """Find which layers each term reaches, and balance automatic weights."""
         automatic = any(term.weight == "auto" for term in run.terms)
         # A micro-batch, not one sample: experts that get no token look unreached.
-        samples = list(range(min(self.block_forward.batch_size, len(fp_outputs))))
+        samples = tensors.batches(self.block_forward.batch_size)[0]
         valid_token_mask = getattr(self, "_cached_valid_token_mask", None)
         mask = self._mask(valid_token_mask, samples)
         with torch.enable_grad(), _eager():
             output = self.block_forward.forward(
-                block, inputs, input_others, torch.tensor(samples)
+                block, tensors.inputs, tensors.others, torch.tensor(samples)
             )
             # a masked sample's share, as in _get_loss
             share = 1.0 if mask is None else mask.float().mean().item()
             losses = [share * term.loss(output, samples, mask) for term in run.terms]
             reconstruction = None
             if automatic:
-                reference = torch.cat([fp_outputs[i] for i in samples])
                 reconstruction = super()._get_loss(
                     output,
-                    reference.to(output.device),
+                    tensors.reference(samples).to(output.device),
                     samples,
                     nn.MSELoss(),
                     output.device,
@@ -555,14 +562,12 @@ class VSRAQQuantizer(SignRoundQuantizer):
         block: nn.Module,
         router: Router,
         fp_targets: dict[str, list[FpLogits]],
-        inputs: Any,
-        input_others: dict[str, Any],
+        tensors: BlockTensors,
     ) -> None:
         """Re-fit one router of the tuned block, before its output feeds the next."""
         module = block.get_submodule(router.name)
         targets = fp_targets[router.name]
         mask = getattr(self, "_cached_valid_token_mask", None)
-        batch_size = self.block_forward.batch_size
 
         def logits_of(target: FpLogits) -> Tensor:
             if isinstance(target, RankedLogits):
@@ -571,14 +576,15 @@ class VSRAQQuantizer(SignRoundQuantizer):
             return router_logits(module, target)
 
         def samples() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-            for start in range(0, len(targets), batch_size):
-                batch = list(range(len(targets)))[start : start + batch_size]
-                hidden_states = router_input(
-                    module,
-                    lambda batch=batch: self.block_forward.forward(  # type: ignore[misc]
-                        block, inputs, input_others, torch.tensor(batch)
-                    ),
+            for batch in tensors.batches(self.block_forward.batch_size):
+                forward = partial(
+                    self.block_forward.forward,
+                    block,
+                    tensors.inputs,
+                    tensors.others,
+                    torch.tensor(batch),
                 )
+                hidden_states = router_input(module, forward)
                 logits = [logits_of(targets[i]) for i in batch]
                 flat = hidden_states.reshape(-1, hidden_states.shape[-1])
                 own = flat.split([len(z) for z in logits])

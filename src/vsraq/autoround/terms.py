@@ -8,7 +8,7 @@ micro-batch with what the same samples have in full precision.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,36 @@ OWN_ROUTER, NEXT_ROUTER = "router", "next router"
 # (output of the block, samples of the micro-batch) -> logits (T, E), or inputs (T, H),
 # by router name
 QValues: TypeAlias = Callable[[Tensor, list[int]], Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class BlockTensors:
+    """What AutoRound tunes a block with.
+
+    Attributes:
+        inputs: Hidden states on the path that is tuned, per sample (or AutoRound's
+            mapping of several).
+        others: The other arguments that it has cached for the block.
+        fp_outputs: Outputs of the block in full precision, per sample, (1, S, H).
+    """
+
+    inputs: Any
+    others: dict[str, Any]
+    fp_outputs: Sequence[Tensor]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens of each sample."""
+        return [output.numel() // output.shape[-1] for output in self.fp_outputs]
+
+    def batches(self, batch_size: int) -> list[list[int]]:
+        """All samples in order, `batch_size` at a time."""
+        samples = list(range(len(self.fp_outputs)))
+        return [samples[i : i + batch_size] for i in samples[::batch_size]]
+
+    def reference(self, samples: Sequence[int]) -> Tensor:
+        """Full-precision outputs of some samples, (B, S, H)."""
+        return torch.cat([self.fp_outputs[i] for i in samples])
 
 
 @dataclass
