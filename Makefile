@@ -24,6 +24,7 @@ bench-overhead: $(STAMP)
 bench-routing: $(STAMP)
 	$(BIN)/python benchmarks/routing.py run
 	$(BIN)/python benchmarks/routing.py table --plot docs/routing.png
+	$(BIN)/python benchmarks/nvfp4_floor.py
 
 train-demo: $(STAMP)
 	$(BIN)/python examples/train_demo_moe.py
