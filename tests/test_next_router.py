@@ -1,5 +1,7 @@
 """The next router's logits, from memory and from disk, through real runs."""
 
+import shutil
+
 import pytest
 import torch
 from auto_round import AutoRound
@@ -131,6 +133,42 @@ def test_the_lookahead_is_limited(lookahead, blocks, quantize, vsraq_log):
     assert reached == [f"model.layers.{index}" for index in blocks]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_accumulate_steps": 2},
+        {"nblocks": 2},  # blocks 0 and 1 together, and block 2 behind them
+        {"enable_norm_bias_tuning": True},
+        {"enable_minmax_tuning": False},
+        {"enable_quanted_input": False},
+    ],
+    ids=str,
+)
+def test_in_the_variants_of_autorounds_loop(options, quantize, vsraq_log):
+    own = {"iters": 3, "not_use_best_mse": True, "router_weight": 0, **options}
+    weights = {"next_router_weight": "auto", "objective": "top3k_mse"}
+    with_term = tuned(quantize, VSRAQConfig(**own, **weights), family="glm4_moe")
+    first = block_lines(vsraq_log)[0]
+    assert float(first["next_weight"]) > 0
+    assert first["next_reached"] == first["next_quantized"]
+    assert not same(with_term, tuned(quantize, VSRAQConfig(**own), family="glm4_moe"))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ here")
+def test_the_default_recipe_under_torch_compile(quantize, vsraq_log):
+    """The next block runs outside of AutoRound's compiled function."""
+    options = {"iters": 3, "not_use_best_mse": True}
+    tuned(quantize, VSRAQConfig(**options), enable_torch_compile=True)
+    compiled = block_lines(vsraq_log)
+    vsraq_log.clear()
+    tuned(quantize, VSRAQConfig(**options))
+    for line, eager in zip(compiled, block_lines(vsraq_log), strict=True):
+        for name in ("reached", "next_reached"):
+            assert line[name] == eager[name]
+        for name in ("z1", "weight"):
+            assert float(line[name]) == pytest.approx(float(eager[name]), rel=0.2)
+
+
 def test_finding_the_next_router():
     routers = {r.name: r for r in find_routers(tiny.tiny_model("solar_open"))}
     names = ["model.layers.0", "model.layers.1"]
@@ -188,11 +226,10 @@ def test_a_streamed_block_is_loaded_without_its_experts(
     assert not any(p.is_meta or p.requires_grad for p in after.values())
 
 
-def test_a_block_that_autoround_has_put_on_disk(quantize, tmp_path):
-    """`low_cpu_mem_usage` of a patched model: its blocks wait in files, emptied."""
-    model = tiny.tiny_model("solar_open")
+def prepared():
+    """A run that AutoRound has set up, its experts as layers of their own."""
     run = AutoRound(
-        model,
+        tiny.tiny_model("solar_open"),
         tiny.tiny_tokenizer(),
         alg_configs=VSRAQConfig(iters=1),
         dataset=tiny.calibration(),
@@ -200,7 +237,12 @@ def test_a_block_that_autoround_has_put_on_disk(quantize, tmp_path):
     )
     run.post_init()
     model = run.model_context.model
-    routers = find_routers(model)
+    return run, model, find_routers(model)
+
+
+def test_a_block_that_autoround_has_put_on_disk():
+    """`low_cpu_mem_usage` of a patched model: its blocks wait in files, emptied."""
+    run, model, routers = prepared()
     name = "model.layers.1"
     block = model.get_submodule(name)
     arguments = (name, routers, run._offloader, torch.bfloat16, "cpu")
@@ -221,18 +263,8 @@ def test_a_block_that_autoround_has_put_on_disk(quantize, tmp_path):
     assert all(p.numel() > 0 for p in block.parameters())
 
 
-def test_a_block_that_is_nowhere_is_refused(quantize):
-    model = tiny.tiny_model("solar_open")
-    run = AutoRound(
-        model,
-        tiny.tiny_tokenizer(),
-        alg_configs=VSRAQConfig(iters=1),
-        dataset=tiny.calibration(),
-        **tiny.RUN,
-    )
-    run.post_init()
-    model = run.model_context.model
-    routers = find_routers(model)
+def test_a_block_that_is_nowhere_is_refused():
+    run, model, routers = prepared()
     model.model.layers[1].self_attn.to("meta")
     with pytest.raises(RuntimeError, match=r"self_attn.q_proj.weight.* neither in mem"):
         load_without_experts(
