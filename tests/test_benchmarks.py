@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -42,26 +43,23 @@ def test_a_finished_cell_is_not_run_again(tmp_path):
     assert "| solar_open | W4A16 | AutoRound |" in table
 
 
+def cell_of(method, seed=0, iters=1, nsamples=2):
+    options = routing.options_of(method)
+    place = ("solar_open", "x", "W4A16")
+    return routing.Cell(*place, method, options, seed, iters, nsamples, 64, "cpu")
+
+
 def test_the_methods_are_configurations():
     for name in routing.METHODS:
-        cell = routing.Cell("solar_open", "", "W4A16", name, 0, 1, 2)
-        config = routing.config_of(cell)
+        config = routing.config_of(cell_of(name))
         assert config == "rtn" or config.iters == 1
-    default = routing.Cell("solar_open", "", "W4A16", routing.DEFAULT, 0, 1, 2)
-    config = routing.config_of(default)
+    config = routing.config_of(cell_of(routing.DEFAULT))
     assert config.alignment == VSRAQConfig().alignment
     assert config.resolve_objective() == VSRAQConfig().resolve_objective()
 
 
 def result(method, seed, jaccard, kl, seconds):
-    return {
-        "model": "solar_open",
-        "weights": "x",
-        "scheme": "W4A16",
-        "method": method,
-        "seed": seed,
-        "iters": 50,
-        "nsamples": 32,
+    return asdict(cell_of(method, seed, 50, 32)) | {
         "seconds": seconds,
         "peak_mib": 100.0,
         "heldout": {"jaccard": {"a": jaccard, "b": 1.0}, "kl": kl, "perplexity": 9.0},
@@ -82,10 +80,14 @@ def test_the_share_of_the_gap_is_taken_within_a_seed():
     assert row.kl_closed == pytest.approx([0.2, -0.05])
     assert row.time_ratio == pytest.approx([1.2, 1.1])
     assert row.jaccard == pytest.approx([0.95, 0.85])
+    changed = [r | {"options": "{}"} for r in results if r["method"] == "VSRAQ"]
+    assert not routing.rows(changed + results[:1], "heldout", 50, 32).keys() - {
+        ("solar_open", "W4A16", "AutoRound")
+    }
     plain = table["solar_open", "W4A16", "AutoRound"]
     assert plain.jaccard_closed == [0.0, 0.0]
     summary = routing.format_summary(table, ["W4A16"])
-    assert "| VSRAQ | 37.5 | 7.5 | 37.5 | 7.5 | 1.15 | 1 |" in summary
+    assert "| VSRAQ | 37.5 | 7.5 | 37.5 | 7.5 | 0 | 1.15 | 1 |" in summary
 
 
 @pytest.mark.parametrize("part", ["summary", "table"])
