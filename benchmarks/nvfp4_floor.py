@@ -14,29 +14,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from auto_round import AutoRound
 from torch import Tensor, nn
 
 import routing
 from vsraq.analysis import compare
-from vsraq.checkpoint import load_model
 
 
 def nvfp4_run(name: str, samples: Tensor) -> AutoRound:
-    return AutoRound(
-        routing.load_bench_model(name),
-        tokenizer=routing.load_tokenizer(),
-        scheme="NVFP4",
-        alg_configs="rtn",
-        disable_opt_rtn=True,
-        dataset=routing.register_windows(samples),
-        nsamples=len(samples),
-        seqlen=samples.shape[1],
-        batch_size=routing.BATCH,
-        device_map="cpu",
-        enable_torch_compile=False,
-    )
+    return routing.autoround_run(name, "NVFP4", "rtn", samples, seed=42, device="cpu")
 
 
 def original_weights(name: str, samples: Tensor) -> dict[str, Tensor]:
@@ -60,13 +46,7 @@ def report(name: str) -> None:
     run = nvfp4_run(name, samples)
     run.quantize()
     with tempfile.TemporaryDirectory() as folder:
-        _, path = run.save_quantized(
-            str(Path(folder) / "export"),
-            format="auto_round",
-            inplace=False,
-            return_folders=True,
-        )
-        q_model = load_model(path, dtype=torch.float32)
+        q_model = routing.reload_export(run, Path(folder))
 
     def show(what: str) -> None:
         result = compare(q_model, fp_model, texts)

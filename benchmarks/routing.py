@@ -31,7 +31,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +226,33 @@ def peak_memory(device: str) -> float | None:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
+def autoround_run(
+    model: str, scheme: str, config: Any, samples: Tensor, *, seed: int, device: str
+) -> AutoRound:
+    return AutoRound(
+        load_bench_model(model),
+        tokenizer=load_tokenizer(),
+        scheme=scheme,
+        alg_configs=config,
+        dataset=register_windows(samples),
+        nsamples=len(samples),
+        seqlen=SEQLEN,
+        batch_size=BATCH,
+        seed=seed,
+        device_map=device,
+        layer_config=layer_config(scheme),
+        enable_torch_compile=False,
+        **({"disable_opt_rtn": True} if config == "rtn" else {}),
+    )
+
+
+def reload_export(run: AutoRound, folder: Path) -> nn.Module:
+    _, path = run.save_quantized(
+        folder / "export", format="auto_round", inplace=False, return_folders=True
+    )
+    return load_model(path, dtype=torch.float32)
+
+
 def run_cell(
     cell: Cell,
     fp_model: nn.Module,
@@ -235,20 +262,8 @@ def run_cell(
     device = cell.device
     samples = calibration_windows(cell.nsamples, cell.seed)
     config = config_of(cell)
-    run = AutoRound(
-        load_bench_model(cell.model),
-        tokenizer=load_tokenizer(),
-        scheme=cell.scheme,
-        alg_configs=config,
-        dataset=register_windows(samples),
-        nsamples=cell.nsamples,
-        seqlen=SEQLEN,
-        batch_size=BATCH,
-        seed=cell.seed,
-        device_map=device,
-        layer_config=layer_config(cell.scheme),
-        enable_torch_compile=False,
-        **({"disable_opt_rtn": True} if config == "rtn" else {}),
+    run = autoround_run(
+        cell.model, cell.scheme, config, samples, seed=cell.seed, device=device
     )
     reset_peak_memory(device)
     clock = time.process_time if device == "cpu" else time.monotonic
@@ -257,10 +272,7 @@ def run_cell(
     seconds = clock() - started
     memory = peak_memory(device)
     if cell.scheme == "NVFP4":
-        _, path = run.save_quantized(
-            folder / "export", format="auto_round", inplace=False, return_folders=True
-        )
-        q_model = load_model(path, dtype=torch.float32)
+        q_model = reload_export(run, folder)
     else:
         q_model = q_model.cpu().float()
     if config == "rtn" and cell.method.endswith(REFIT):
@@ -375,22 +387,20 @@ def closed(value: float, plain: float, best: float) -> float:
 class Row:
     """One method in one model and scheme, over the seeds."""
 
-    jaccard: list[float]
-    kl: list[float]
-    perplexity: list[float]
-    jaccard_closed: list[float]
-    kl_closed: list[float]
-    time_ratio: list[float]
-    mib: list[float]
+    jaccard: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    perplexity: list[float] = field(default_factory=list)
+    jaccard_closed: list[float] = field(default_factory=list)
+    kl_closed: list[float] = field(default_factory=list)
+    time_ratio: list[float] = field(default_factory=list)
+    mib: list[float] = field(default_factory=list)
 
 
 def rows(
     results: Iterable[dict[str, Any]], text: str, iters: int, nsamples: int
 ) -> dict[tuple[str, str, str], Row]:
     values = figures(results, text)
-    table: dict[tuple[str, str, str], Row] = defaultdict(
-        lambda: Row([], [], [], [], [], [], [])
-    )
+    table: dict[tuple[str, str, str], Row] = defaultdict(Row)
     for cell, own in values.items():
         if (cell.iters, cell.nsamples) != (iters, nsamples):
             continue

@@ -564,9 +564,10 @@ def _check_routers(
             exported, expected = export[name], tensors[key]
             if exported.dtype not in _FULL_PRECISION:
                 faults.append(f"{name}: dtype {exported.dtype} is not full precision")
-            elif torch.equal(exported.float(), expected.detach().cpu().float()):
-                pass
-            elif may_differ and suffix == "weight":
+                continue
+            if torch.equal(exported.float(), expected.detach().cpu().float()):
+                continue
+            if may_differ and suffix == "weight":
                 realigned += 1
                 if exported.shape != expected.shape or exported.dtype != expected.dtype:
                     faults.append(

@@ -232,6 +232,8 @@ def refit_router(
         bias = getattr(module, router.correction_bias)
 
     def weights_of(target: Tensor) -> Tensor | None:
+        if weighting == "uniform":
+            return None  # no need of the scores
         scores = selection_scores(router, target, bias)
         return error_weights(scores, router.top_k, weighting)
 

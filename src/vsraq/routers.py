@@ -10,7 +10,7 @@ and some AutoRound loaders use `nn.Linear`. Names say nothing: `gate_proj` and
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -226,6 +226,21 @@ def selection_scores(
         allowed.scatter_(-1, chosen, True)
         scores = grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).flatten(-2)
     return scores
+
+
+def routers_inside(routers: Iterable[Router], block: str) -> tuple[Router, ...]:
+    """The routers of one block, named relative to it.
+
+    Args:
+        routers: Routers of a model.
+        block: The block's qualified name in that model.
+    """
+    prefix = f"{block}."
+    return tuple(
+        replace(router, name=router.name.removeprefix(prefix))
+        for router in routers
+        if router.name.startswith(prefix)
+    )
 
 
 def expert_containers(module: nn.Module, routers: Iterable[Router]) -> tuple[str, ...]:

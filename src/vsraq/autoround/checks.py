@@ -2,7 +2,6 @@
 """What is refused, or said, before the first block is tuned."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -12,7 +11,7 @@ from torch import nn
 
 from vsraq.autoround.config import Alignment
 from vsraq.objectives import Objective
-from vsraq.routers import Router, expert_containers
+from vsraq.routers import Router, expert_containers, routers_inside
 
 if TYPE_CHECKING:
     from auto_round.algorithms.composer import AlgorithmComposer
@@ -122,14 +121,11 @@ def within_reach(model: nn.Module, routers: Sequence[Router]) -> bool:
         model: The model, its layers marked by AutoRound.
         routers: All of its routers.
     """
-    blocks = {name for group in get_block_names(model) for name in group}
-    for router in routers:
-        for name in blocks:
-            if not router.name.startswith(f"{name}."):
-                continue
-            block = model.get_submodule(name)
-            own = replace(router, name=router.name.removeprefix(f"{name}."))
-            moe_layers = [c.rpartition(".")[0] for c in expert_containers(block, [own])]
+    for name in (name for group in get_block_names(model) for name in group):
+        block = model.get_submodule(name)
+        for router in routers_inside(routers, name):
+            containers = expert_containers(block, [router])
+            moe_layers = [c.rpartition(".")[0] for c in containers]
             for layer_name, module in block.named_modules():
                 inside = any(layer_name.startswith(f"{m}.") for m in moe_layers)
                 if (

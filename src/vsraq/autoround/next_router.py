@@ -9,8 +9,7 @@ for its blocks, the same that it will run them with when their turn comes.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +22,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from vsraq.capture import router_input
-from vsraq.routers import Compared, Router, expert_containers, router_values
+from vsraq.routers import (
+    Compared,
+    Router,
+    expert_containers,
+    router_values,
+    routers_inside,
+)
 
 
 class _NotLoaded(nn.Module):
@@ -107,13 +112,13 @@ class NextRouter:
 
 
 def find_next_router(
-    following: Sequence[str], routers: Mapping[str, Router], lookahead: int
+    following: Sequence[str], routers: Iterable[Router], lookahead: int
 ) -> tuple[tuple[str, ...], Router] | None:
     """The blocks to run, and the first router in them.
 
     Args:
         following: Names of the blocks behind the tuned one, in order.
-        routers: The model's routers by qualified name.
+        routers: The model's routers.
         lookahead: How many blocks may be run, the one with the router included.
 
     Returns:
@@ -121,17 +126,16 @@ def find_next_router(
         router is near enough.
     """
     for count, block in enumerate(following[:lookahead], start=1):
-        for name, router in routers.items():
-            if name.startswith(f"{block}."):
-                relative = replace(router, name=name.removeprefix(f"{block}."))
-                return tuple(following[:count]), relative
+        inside = routers_inside(routers, block)
+        if inside:
+            return tuple(following[:count]), inside[0]
     return None
 
 
 def load_without_experts(
     model: nn.Module,
     name: str,
-    routers: Sequence[Router],
+    routers: Iterable[Router],
     offloader: OffloadManager,
     dtype: torch.dtype,
     device: torch.device | str,
@@ -145,7 +149,7 @@ def load_without_experts(
     Args:
         model: The model.
         name: The block's qualified name.
-        routers: The block's routers, named as in the model.
+        routers: The model's routers.
         offloader: AutoRound's, which knows where tensors that are not loaded lie.
         dtype: For weights that no device computes with as they are (FP8).
         device: Where the block shall run.
@@ -157,10 +161,7 @@ def load_without_experts(
     # What is in memo, deepcopy takes instead of a copy.
     memo: dict[int, Any] = {
         id(block.get_submodule(experts)): _NotLoaded(f"{name}.{experts}")
-        for experts in expert_containers(
-            block,
-            [replace(r, name=r.name.removeprefix(f"{name}.")) for r in routers],
-        )
+        for experts in expert_containers(block, routers_inside(routers, name))
     }
     for parameter in block.parameters():
         alias = nn.Parameter(parameter.detach(), requires_grad=False)

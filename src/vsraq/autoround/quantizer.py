@@ -113,7 +113,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
         self._objective = config.resolve_objective()
         self._next_objective = config.resolve_next_objective()
         self._orchestrator: Any = None
-        self._routers: dict[str, Router] = {}
+        self._routers: tuple[Router, ...] = ()
         self._seed: int | None = None
         self._layer_config: Any = None
         self._router_classes: tuple[type, ...] = ()
@@ -141,7 +141,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
         if self._alignment:
             # Now, because AutoRound may empty the blocks before the run is prepared.
             self._router_classes = declared_router_classes(self.model)
-            self._routers = {router.name: router for router in find_routers(self.model)}
+            self._routers = find_routers(self.model)
         # AutoRound 0.16 stores nblocks on the config and never reads it from there.
         if self.config.nblocks != 1:
             orchestrator.nblocks = self.config.nblocks
@@ -197,7 +197,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
         """What `prepare_run` refuses or says about the model and its routers."""
         self._checked = True
         alignment, model = self._alignment, type(self.model).__name__
-        routers = tuple(self._routers.values())
+        routers = self._routers
         if not routers:
             raise ValueError(
                 f"model={model}: it has no MoE router, so a router loss has nothing to "
@@ -440,7 +440,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
             load_without_experts(
                 self.model,
                 block,
-                [r for r in self._routers.values() if r.name.startswith(f"{block}.")],
+                self._routers,
                 self._orchestrator._offloader,
                 self.model_context.amp_dtype,
                 device,
@@ -677,10 +677,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
             return
         logger.info("vsraq: %s", run.summary())
         for term in run.terms:
-            own = term.label == OWN_ROUTER
-            alignment = self._alignment
-            given = alignment.router_weight if own else alignment.next_router_weight
-            if given != "auto" and not term.reaches_something:
+            # an automatic weight is 0 there, and promised nothing
+            if term.weight != 0 and not term.reaches_something:
                 logger.warning(
                     "vsraq: %s: the %s loss reaches no quantized layer of this block, "
                     "because none stands before its router; it had no effect there",
