@@ -46,7 +46,13 @@ from vsraq.demo.run import (
     token_windows,
 )
 from vsraq.demo.text import documents
-from vsraq.routers import Router, find_routers, router_logits, select_experts
+from vsraq.routers import (
+    Router,
+    correction_bias,
+    find_routers,
+    router_logits,
+    select_experts,
+)
 
 BATCH = 16
 EOS = "<|endoftext|>"
@@ -129,12 +135,18 @@ class LoadBalancer:
         device = next(model.parameters()).device
         self.counts = [torch.zeros(r.num_experts, device=device) for r in routers]
         for gate, router, count in zip(self.gates, routers, self.counts, strict=True):
-            gate.register_forward_pre_hook(partial(self._count, router, count))
+            bias = correction_bias(model, router)
+            gate.register_forward_pre_hook(partial(self._count, router, bias, count))
 
     @staticmethod
     @torch.no_grad()
-    def _count(router: Router, count: torch.Tensor, gate: nn.Module, inputs) -> None:
-        bias = getattr(gate, router.correction_bias) if router.correction_bias else None
+    def _count(
+        router: Router,
+        bias: torch.Tensor | None,
+        count: torch.Tensor,
+        gate: nn.Module,
+        inputs,
+    ) -> None:
         chosen = select_experts(router, router_logits(gate, inputs[0]), bias)
         count += torch.bincount(chosen.flatten(), minlength=len(count))
 

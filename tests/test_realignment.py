@@ -18,9 +18,10 @@ from vsraq.realignment import (
     refit_router,
 )
 from vsraq.routers import Router, find_routers, router_logits, select_experts
+from vsraq.selection import SelectionRule
 
 HIDDEN, EXPERTS, TOP_K = 12, 6, 2
-GATE = Router("gate", TOP_K, EXPERTS, "softmax")
+GATE = Router("gate", TOP_K, EXPERTS)
 
 
 def least_squares(inputs, residual, ridge, weight=None):
@@ -106,14 +107,15 @@ def test_every_weighting_helps_what_it_weighs(router, weighting):
 def test_overlap_follows_the_real_selection():
     """A correction bias that decides alone: no logit changes what is selected."""
     module = nn.Linear(HIDDEN, EXPERTS, bias=False)
-    module.e_score_correction_bias = torch.arange(EXPERTS) * 10.0
-    biased = Router("gate", TOP_K, EXPERTS, "sigmoid", "e_score_correction_bias")
+    bias = torch.arange(EXPERTS) * 10.0
+    rule = SelectionRule("sigmoid", biased=True)
+    biased = Router("gate", TOP_K, EXPERTS, rule, "gate.bias")
     moved = samples(copy.deepcopy(module), 0.5, torch.eye(HIDDEN), 0)
-    refit = refit_router(biased, module, moved)
+    refit = refit_router(biased, module, moved, correction_bias=bias)
     assert refit.before_jaccard == refit.after_jaccard == 1.0
     assert refit.before > 0
     logits = torch.randn(3, EXPERTS)
-    chosen = select_experts(biased, logits, module.e_score_correction_bias)
+    chosen = select_experts(biased, logits, bias)
     assert chosen.tolist() == [[5, 4]] * 3
 
 

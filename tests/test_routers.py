@@ -5,12 +5,16 @@ from torch import nn
 import tiny
 from vsraq.routers import (
     Router,
+    correction_bias,
     declared_router_classes,
+    expert_containers,
     find_routers,
     router_logits,
     select_experts,
 )
+from vsraq.selection import SelectionRule
 
+BIASED = SelectionRule("sigmoid", biased=True)
 GROUPS = {"glm4_moe": (2, 1), "deepseek_v3": (4, 2)}
 SIGMOID = {"solar_open", "glm4_moe", "deepseek_v3", "nemotron_h"}
 
@@ -32,10 +36,13 @@ def test_every_moe_layer_has_its_router(family, model):
         assert router.top_k == tiny.TOP_K
         assert router.num_experts == tiny.EXPERTS
         sigmoid = family in SIGMOID
-        assert router.score_function == ("sigmoid" if sigmoid else "softmax")
-        assert (router.correction_bias is not None) == sigmoid
-        groups = (router.num_groups, router.topk_groups)
-        assert groups == GROUPS.get(family, (1, 1))
+        groups = GROUPS.get(family, (1, 1))
+        assert router.rule == SelectionRule(
+            "sigmoid" if sigmoid else "identity", sigmoid, *groups
+        )
+        assert router.unverified == ""
+        bias = f"{router.name}.e_score_correction_bias" if sigmoid else None
+        assert router.correction_bias == bias
 
 
 def test_structure_alone_finds_the_same(model):
@@ -62,8 +69,7 @@ def test_logits_and_selection_are_the_modules_own(model):
             own_logits, _, own_selected = module(hidden)
         logits = router_logits(module, hidden)
         torch.testing.assert_close(logits, own_logits)
-        bias = router.correction_bias and getattr(module, router.correction_bias)
-        selected = select_experts(router, logits, bias)
+        selected = select_experts(router, logits, correction_bias(model, router))
         assert torch.equal(selected.sort(-1).values, own_selected.sort(-1).values)
 
 
@@ -102,9 +108,45 @@ class _OldMoE(nn.Module):
 
 
 def test_linear_gates_are_found_by_structure():
-    assert find_routers(nn.Sequential(_OldMoE())) == (
-        Router("0.gate", 2, 4, "softmax"),
-    )
+    (router,) = find_routers(nn.Sequential(_OldMoE()))
+    assert router == Router("0.gate", 2, 4, SelectionRule())
+    assert "other code chooses; taken is that the highest win" in router.unverified
+
+
+def test_a_pattern_names_routers_that_are_not_found():
+    moe = _OldMoE()
+    moe.experts = nn.Identity()
+    model = nn.Sequential(moe)
+    assert find_routers(model) == ()
+    (router,) = find_routers(model, router_pattern=r"\d+\.gate")
+    assert router == Router("0.gate", 2, 4)
+    with pytest.raises(ValueError, match=r"matches '0.experts' \(Identity\)"):
+        find_routers(model, router_pattern=r".*experts")
+
+
+class _TwoMatricesMoE(nn.Module):
+    """A module for each matrix of all experts, and convolutions that are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = nn.Linear(16, 4)
+        self.input_linear = _Stack(4)
+        self.output_linear = _Stack(4)
+        self.conv = nn.Conv1d(16, 16, 3)
+        self.top_k = 2
+
+
+class _Stack(nn.Module):
+    def __init__(self, experts):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(experts, 16, 16))
+
+
+def test_experts_of_one_module_per_matrix():
+    model = nn.Sequential(_TwoMatricesMoE())
+    routers = find_routers(model)
+    assert [router.name for router in routers] == ["0.router"]
+    assert expert_containers(model, routers) == ("0.input_linear", "0.output_linear")
 
 
 def test_unknown_top_k_is_an_error():
@@ -120,13 +162,19 @@ def test_two_candidates_are_an_error():
 
 
 def test_selection_needs_the_correction_bias():
-    router = Router("gate", 1, 4, "sigmoid", "e_score_correction_bias")
-    with pytest.raises(ValueError, match="selects by its e_score_correction_bias"):
+    router = Router("gate", 1, 4, BIASED, "gate.bias")
+    with pytest.raises(ValueError, match="selects by a correction bias"):
+        select_experts(router, torch.zeros(3, 4))
+
+
+def test_an_unknown_rule_is_an_error():
+    router = Router("gate", 1, 4, None, unverified="it needs token ids")
+    with pytest.raises(ValueError, match=r"'gate'.*unknown, because it needs token"):
         select_experts(router, torch.zeros(3, 4))
 
 
 def test_correction_bias_changes_the_selection():
-    router = Router("gate", 1, 2, "sigmoid", "e_score_correction_bias")
+    router = Router("gate", 1, 2, BIASED, "gate.bias")
     logits = torch.tensor([[1.0, 0.0]])
     assert select_experts(router, logits, torch.zeros(2)).item() == 0
     assert select_experts(router, logits, torch.tensor([0.0, 1.0])).item() == 1

@@ -167,9 +167,11 @@ class RouterCapture(Generic[Kept]):
             RuntimeError: A router was not called.
         """
         if self._keep is None:
-            for name, module in self._modules.items():
+            for router, (name, module) in zip(
+                self.routers, self._modules.items(), strict=False
+            ):
                 self._kept[name] += [
-                    router_values(module, hidden_states, self._what)  # type: ignore[misc]
+                    router_values(router, module, hidden_states, self._what)  # type: ignore[misc]
                     for hidden_states in module.__dict__.get(_INPUTS, ())
                 ]
         silent = [name for name, kept in self._kept.items() if not kept]
@@ -203,7 +205,7 @@ class RouterCapture(Generic[Kept]):
         def hook(
             module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> None:
-            values = router_values(module, _input(args, kwargs), self._what)
+            values = router_values(router, module, _input(args, kwargs), self._what)
             kept.append(keep(router, values))
 
         return hook

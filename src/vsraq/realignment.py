@@ -16,6 +16,7 @@ EAC-MoE trains the router by gradient toward the same end.
 Shapes: T tokens, E experts, K top-k, H hidden width.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
@@ -27,6 +28,7 @@ from vsraq.capture import RouterCapture, router_input
 from vsraq.metrics import StreamingMean, jaccard
 from vsraq.routers import (
     Router,
+    correction_bias,
     find_routers,
     router_logits,
     select_experts,
@@ -164,7 +166,8 @@ class Refit:
         before: Mean squared error of the logits, weighted as the fit, with the old
             weight.
         after: The same with the new weight, in the router's own dtype.
-        before_jaccard: Overlap of the selected experts with full precision.
+        before_jaccard: Overlap of the selected experts with full precision; NaN if the
+            router's rule is unknown.
         after_jaccard: The same with the new weight.
         applied: Whether the router holds the new weight; False where it does not help.
     """
@@ -200,6 +203,7 @@ def refit_router(
     module: nn.Module,
     samples: Iterable[tuple[Tensor, Tensor, Tensor | None]],
     *,
+    correction_bias: Tensor | None = None,
     ridge: float = DEFAULT_RIDGE,
     weighting: Weighting = "uniform",
 ) -> Refit:
@@ -215,6 +219,7 @@ def refit_router(
         samples: Per calibration sample (X (T, H), Z (T, E), mask): the router's inputs
             on the quantized path, the full-precision logits, and which tokens count,
             (T,) or None.
+        correction_bias: `vsraq.routers.correction_bias` of the router.
         ridge: rho as a fraction of the mean diagonal of X^T X, > 0.
         weighting: Of the errors that are fitted and judged; see `error_weights`.
 
@@ -227,19 +232,19 @@ def refit_router(
         RuntimeError: The system cannot be solved.
     """
     weight: Tensor = module.weight  # type: ignore[assignment]
-    bias: Tensor | None = None
-    if router.correction_bias is not None:
-        bias = getattr(module, router.correction_bias)
+
+    def logits_of(inputs: Tensor) -> Tensor:
+        return router_logits(module, inputs, router.num_experts)
 
     def weights_of(target: Tensor) -> Tensor | None:
         if weighting == "uniform":
             return None  # no need of the scores
-        scores = selection_scores(router, target, bias)
+        scores = selection_scores(router, target, correction_bias)
         return error_weights(scores, router.top_k, weighting)
 
     sums = RidgeSums(
         weight.shape[1],
-        weight.shape[0],
+        router.num_experts,
         weight.device,
         weighted=weighting != "uniform",
     )
@@ -257,7 +262,7 @@ def refit_router(
             # copies: a sample may be a view that keeps its whole batch alive
             heldout.append((inputs.to("cpu", copy=True), target.to("cpu", copy=True)))
         else:
-            residual = target - router_logits(module, inputs)
+            residual = target - logits_of(inputs)
             sums.update(inputs, residual, weights_of(target))
     if count < 2:
         raise ValueError(
@@ -270,15 +275,19 @@ def refit_router(
         result = _Heldout()
         for inputs, target in heldout:
             target = target.to(weight.device)
-            logits = router_logits(module, inputs)
+            logits = logits_of(inputs)
             error = (logits - target).square()
             weights = weights_of(target)
             result.error.update(error if weights is None else error * weights)
-            chosen, wanted = (select_experts(router, x, bias) for x in (logits, target))
-            result.overlap.update(jaccard(chosen, wanted))
+            if router.rule is not None:  # else nobody knows what it chooses
+                chosen, wanted = (
+                    select_experts(router, x, correction_bias) for x in (logits, target)
+                )
+                result.overlap.update(jaccard(chosen, wanted))
         return result
 
-    old = weight.clone()
+    chosen_rows = weight[: router.num_experts]
+    old = chosen_rows.clone()
     before = judge()
     try:
         correction = sums.solve(ridge)
@@ -288,17 +297,17 @@ def refit_router(
             f"singular ({error}); look for inf or NaN in the calibration inputs, pass "
             "a larger ridge, or do not re-fit it (realign_routers=False)"
         ) from error
-    weight.copy_((old.double() + correction).to(old.dtype))
+    chosen_rows.copy_((old.double() + correction).to(old.dtype))
     after = judge()
     applied = after.error.compute() < before.error.compute()
     if not applied:
-        weight.copy_(old)
+        chosen_rows.copy_(old)
     return Refit(
         router=router.name,
         before=before.error.compute(),
         after=after.error.compute(),
-        before_jaccard=before.overlap.compute(),
-        after_jaccard=after.overlap.compute(),
+        before_jaccard=before.overlap.compute() if router.rule else math.nan,
+        after_jaccard=after.overlap.compute() if router.rule else math.nan,
         applied=applied,
     )
 
@@ -362,7 +371,14 @@ def realign_routers(
         pairs = zip(samples, fp_logits[router.name], strict=True)
         streamed = ((inputs_of(ids), target, None) for ids, target in pairs)
         reports.append(
-            refit_router(router, module, streamed, ridge=ridge, weighting=weighting)
+            refit_router(
+                router,
+                module,
+                streamed,
+                correction_bias=correction_bias(q_model, router),
+                ridge=ridge,
+                weighting=weighting,
+            )
         )
     if any(report.applied for report in reports):
         record_realignment(q_model)

@@ -9,18 +9,25 @@ and some AutoRound loaders use `nn.Linear`. Names say nothing: `gate_proj` and
 `shared_expert_gate` are no routers.
 """
 
+import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+from vsraq.selection import (
+    HIGHEST_LOGITS,
+    LearnedSelection,
+    SelectionRule,
+    learn_selection,
+)
 
 # what an objective reads of a router: its logits (T, E), or its inputs (T, H)
 Compared: TypeAlias = Literal["logits", "inputs"]
-
-_CORRECTION_BIAS = "e_score_correction_bias"
 
 
 @dataclass(frozen=True)
@@ -28,33 +35,36 @@ class Router:
     """One router of a model or block.
 
     Attributes:
-        name: Qualified name inside the module that was searched.
+        name: Qualified name, inside the module that was searched, of the linear map
+            from hidden states to logits.
         top_k: K, experts per token.
         num_experts: E.
-        score_function: What turns logits into scores before the choice.
-        correction_bias: Attribute of the router that holds the bias (E,) added to the
-            scores for the choice only, or None.
-        num_groups: Groups that the experts are divided into (`n_group`).
-        topk_groups: Groups that a token may choose from (`topk_group`).
+        rule: How it chooses, or None if its choice follows no known rule.
+        correction_bias: Qualified name of the bias, E values, added to the scores for
+            the choice only, or None.
+        unverified: Empty if the rule was learned from the router's own choices;
+            otherwise why it could not be, and what is known of it.
     """
 
     name: str
     top_k: int
     num_experts: int
-    score_function: Literal["softmax", "sigmoid"]
+    rule: SelectionRule | None = HIGHEST_LOGITS
     correction_bias: str | None = None
-    num_groups: int = 1
-    topk_groups: int = 1
+    unverified: str = field(default="", compare=False)
 
 
 def find_routers(
-    module: nn.Module, *, router_classes: tuple[type, ...] | None = None
+    module: nn.Module,
+    *,
+    router_classes: tuple[type, ...] | None = None,
+    router_pattern: str | None = None,
 ) -> tuple[Router, ...]:
     """Find every MoE router of a model or of one of its blocks.
 
     First what transformers declares (`_can_record_outputs["router_logits"]`), then
     structure: beside an experts module with E experts, the one child whose weight is
-    (E, H).
+    (E, H). A pattern of your own comes in place of both.
 
     Args:
         module: A model, a decoder block, or several blocks in one module; tensors may
@@ -62,26 +72,30 @@ def find_routers(
         router_classes: Classes that are routers for sure. None reads them from
             `module`; a block does not know them, so pass
             `declared_router_classes(model)` there.
+        router_pattern: A regular expression that matches the whole qualified name of
+            each router's linear map, for layouts that are not found.
 
     Returns:
         The routers in module order; empty for a dense module.
 
     Raises:
-        ValueError: A MoE layer's router is ambiguous, its top-k unknown, or its layout
-            not supported.
+        ValueError: A MoE layer's router is ambiguous, its top-k unknown, its layout not
+            supported, or the pattern matches something that is no router.
     """
+    if router_pattern is not None:
+        return _matching(module, router_pattern)
     classes = router_classes
     if classes is None:
         classes = declared_router_classes(module)
+    learned: _Learned = {}
     routers: list[Router] = []
     for parent_name, parent in module.named_modules():
         num_experts = _experts_beside(parent)
         if num_experts is None:
             continue
-        found = _router_of(parent_name, parent, num_experts, classes)
-        if found is not None:
-            name, router = found
-            routers.append(_describe(name, router, parent, num_experts))
+        name = _router_beside(parent_name, parent, num_experts, classes)
+        if name is not None:
+            routers.append(_describe(module, parent_name, name, num_experts, learned))
     names = [router.name for router in routers]
     for name, candidate in module.named_modules():
         if not isinstance(candidate, classes):
@@ -91,8 +105,27 @@ def find_routers(
             raise ValueError(
                 f"router {name!r} ({type(candidate).__name__}): it is declared as one, "
                 "but holds no weight (num_experts, hidden) beside its experts; allowed "
-                "is that layout"
+                "is that layout, or name the linear map with router_pattern"
             )
+    return tuple(routers)
+
+
+def _matching(module: nn.Module, pattern: str) -> tuple[Router, ...]:
+    """The routers whose names match a pattern."""
+    learned: _Learned = {}
+    routers = []
+    for name, candidate in module.named_modules():
+        if not re.fullmatch(pattern, name):
+            continue
+        if getattr(getattr(candidate, "weight", None), "ndim", None) != 2:
+            raise ValueError(
+                f"router_pattern={pattern!r} matches {name!r} "
+                f"({type(candidate).__name__}): allowed are modules with a weight "
+                "(num_experts, hidden)"
+            )
+        parent_name, _, own = name.rpartition(".")
+        rows = _rows(candidate)
+        routers.append(_describe(module, parent_name, own, rows, learned))
     return tuple(routers)
 
 
@@ -118,7 +151,9 @@ def declared_router_classes(model: nn.Module) -> tuple[type, ...]:
     return tuple(classes)
 
 
-def router_logits(router: nn.Module, hidden_states: Tensor) -> Tensor:
+def router_logits(
+    router: nn.Module, hidden_states: Tensor, num_experts: int | None = None
+) -> Tensor:
     """Recompute a router's raw logits from its input, its weight and its bias.
 
     Module outputs differ between families and versions (logits, softmax, sigmoid,
@@ -128,6 +163,8 @@ def router_logits(router: nn.Module, hidden_states: Tensor) -> Tensor:
     Args:
         router: The router module: `weight` (E, H), optionally `bias` (E,).
         hidden_states: Its input, (..., H).
+        num_experts: E, where the weight has rows of shared experts behind those that
+            the router chooses from; None takes all rows.
 
     Returns:
         (T, E) with T the product of the leading dimensions.
@@ -138,8 +175,8 @@ def router_logits(router: nn.Module, hidden_states: Tensor) -> Tensor:
     with torch.autocast(weight.device.type, enabled=False):
         return F.linear(
             hidden_states.float(),
-            weight.float(),
-            None if bias is None else bias.float(),
+            weight[:num_experts].float(),
+            None if bias is None else bias[:num_experts].float(),
         )
 
 
@@ -154,16 +191,24 @@ def router_inputs(router: nn.Module, hidden_states: Tensor) -> Tensor:
     return hidden_states.reshape(-1, weight.shape[-1])
 
 
-def router_values(router: nn.Module, hidden_states: Tensor, what: Compared) -> Tensor:
+def router_values(
+    router: Router, module: nn.Module, hidden_states: Tensor, what: Compared
+) -> Tensor:
     """A router's logits, (T, E), or its inputs, (T, H).
+
+    Args:
+        router: Its description.
+        module: The router module.
+        hidden_states: Its input, (..., H).
+        what: Which.
 
     Raises:
         ValueError: `what` is neither.
     """
     if what == "logits":
-        return router_logits(router, hidden_states)
+        return router_logits(module, hidden_states, router.num_experts)
     if what == "inputs":
-        return router_inputs(router, hidden_states)
+        return router_inputs(module, hidden_states)
     raise ValueError(f"what={what!r}: allowed are {', '.join(get_args(Compared))}")
 
 
@@ -175,13 +220,13 @@ def select_experts(
     Args:
         router: Its description.
         logits: Raw logits, (..., E).
-        correction_bias: (E,), required if the router has one.
+        correction_bias: `correction_bias(module, router)`.
 
     Returns:
         Expert indices, int64, (..., K).
 
     Raises:
-        ValueError: The correction bias is missing.
+        ValueError: The correction bias is missing, or the router follows no known rule.
     """
     scores = selection_scores(router, logits, correction_bias)
     return scores.topk(router.top_k, dim=-1).indices
@@ -192,40 +237,41 @@ def selection_scores(
 ) -> Tensor:
     """The scores by which the router chooses.
 
-    Scores are sigmoid or softmax of the logits, plus the correction bias; with groups,
-    the `topk_groups` groups with the highest sum of their two best scores compete
-    (DeepSeek-V3, arXiv:2412.19437).
-
     Args:
         router: Its description.
         logits: Raw logits, (..., E).
-        correction_bias: (E,), required if the router has one.
+        correction_bias: `correction_bias(module, router)`.
 
     Returns:
-        (..., E), float32; -inf for experts of groups that were not chosen.
+        (..., E), float32; see `vsraq.selection.SelectionRule`.
 
     Raises:
-        ValueError: The correction bias is missing.
+        ValueError: The correction bias is missing, or the router follows no known rule.
     """
-    scores = logits.float()
-    scores = (
-        scores.sigmoid() if router.score_function == "sigmoid" else scores.softmax(-1)
-    )
-    if router.correction_bias is not None:
-        if correction_bias is None:
-            raise ValueError(
-                f"correction_bias=None: router {router.name!r} selects by its "
-                f"{router.correction_bias}; pass that tensor"
-            )
-        scores = scores + correction_bias.to(scores)
-    if router.num_groups > 1:
-        grouped = scores.unflatten(-1, (router.num_groups, -1))
-        group_scores = grouped.topk(2, dim=-1).values.sum(-1)
-        chosen = group_scores.topk(router.topk_groups, dim=-1).indices
-        allowed = torch.zeros_like(group_scores, dtype=torch.bool)
-        allowed.scatter_(-1, chosen, True)
-        scores = grouped.masked_fill(~allowed.unsqueeze(-1), -torch.inf).flatten(-2)
-    return scores
+    if router.rule is None:
+        raise ValueError(
+            f"router {router.name!r}: which experts it chooses is unknown, because "
+            f"{router.unverified}; allowed are routers that choose the top K of a "
+            'function of their logits; rank_by="logits" needs no rule'
+        )
+    return router.rule.scores(logits, correction_bias)
+
+
+def correction_bias(module: nn.Module, router: Router) -> Tensor | None:
+    """The bias that a router adds to its scores for the choice.
+
+    Args:
+        module: The module that the router was found in.
+        router: The router.
+
+    Returns:
+        (E,), or None for a router without one.
+    """
+    if router.correction_bias is None:
+        return None
+    owner, _, name = router.correction_bias.rpartition(".")
+    bias: Tensor = getattr(module.get_submodule(owner), name)
+    return bias.flatten()
 
 
 def routers_inside(routers: Iterable[Router], block: str) -> tuple[Router, ...]:
@@ -237,7 +283,12 @@ def routers_inside(routers: Iterable[Router], block: str) -> tuple[Router, ...]:
     """
     prefix = f"{block}."
     return tuple(
-        replace(router, name=router.name.removeprefix(prefix))
+        replace(
+            router,
+            name=router.name.removeprefix(prefix),
+            correction_bias=router.correction_bias
+            and router.correction_bias.removeprefix(prefix),
+        )
         for router in routers
         if router.name.startswith(prefix)
     )
@@ -253,34 +304,45 @@ def expert_containers(module: nn.Module, routers: Iterable[Router]) -> tuple[str
     Returns:
         Qualified names, in module order.
     """
-    sizes = {router.name: router.num_experts for router in routers}
+    wanted = {router.name for router in routers}
     names = []
     for parent_name, parent in module.named_modules():
+        num_experts = _experts_beside(parent)
         prefix = f"{parent_name}." if parent_name else ""
-        beside = {size for name, size in sizes.items() if name.startswith(prefix)}
-        for child_name, child in parent.named_children():
-            # decoder layers are numbered modules of one class too
-            if _count_experts(child) in beside and not any(
-                name.startswith(f"{prefix}{child_name}.") for name in sizes
-            ):
-                names.append(f"{prefix}{child_name}")
+        below = {f"{prefix}{name}" for name, _ in _children_below(parent)}
+        if num_experts is None or not wanted & below:
+            continue
+        names += [
+            f"{prefix}{name}"
+            for name, child in parent.named_children()
+            if _count_experts(child) == num_experts or _stacked(child) == [num_experts]
+        ]
     return tuple(names)
 
 
 def _experts_beside(parent: nn.Module) -> int | None:
-    """E, if a direct child of `parent` holds experts."""
+    """E, if direct children of `parent` hold experts."""
     for child in parent.children():
         num_experts = _count_experts(child)
         if num_experts is not None:
             return num_experts
-    return None
+    # one module for each matrix of all experts
+    matrices = [stack[0] for c in parent.children() if len(stack := _stacked(c)) == 1]
+    return matrices[0] if len(matrices) >= 2 and len(set(matrices)) == 1 else None
+
+
+def _stacked(module: nn.Module) -> list[int]:
+    """The first dimensions of the matrices that a module holds as a stack."""
+    if isinstance(module, _ConvNd):
+        return []
+    return [p.shape[0] for p in module.parameters(recurse=False) if p.ndim == 3]
 
 
 def _count_experts(module: nn.Module) -> int | None:
     """The number of experts in a container of experts, None for anything else."""
-    fused = [p.shape[0] for p in module.parameters(recurse=False) if p.ndim == 3]
-    if len(fused) >= 2 and len(set(fused)) == 1:
-        return fused[0]
+    fused = _stacked(module)
+    if len(fused) >= 2:
+        return max(fused)  # the identities of zero experts need no second matrix
     numbered = [child for name, child in module.named_children() if name.isdecimal()]
     # Experts are copies of each other and hold nothing but linear layers and an
     # activation; decoder layers also fit the first half, so the caller looks for the
@@ -290,77 +352,118 @@ def _count_experts(module: nn.Module) -> int | None:
     return None
 
 
-def _router_of(
+def _router_beside(
     parent_name: str,
     parent: nn.Module,
     num_experts: int,
     classes: tuple[type, ...],
-) -> tuple[str, nn.Module] | None:
-    candidates = [
-        (name, module)
-        for name, module in _children_below(parent)
-        if _maps_to(module, num_experts)
-    ]
+) -> str | None:
+    """The name of the router inside `parent`, whose child the experts are."""
+    below = list(_children_below(parent))
+    declared = [name for name, module in below if isinstance(module, classes)]
+    candidates = [n for n, m in below if _maps_to(m, num_experts)]
+    if not candidates:
+        # rows for more than the experts: zero experts, a class for skipping them
+        candidates = [
+            name
+            for name, module in below
+            if _rows(module) > num_experts
+            and any(name == d or name.startswith(f"{d}.") for d in declared)
+        ][-1:]
     for rule in (
-        lambda name, module: isinstance(module, classes),
-        lambda name, module: hasattr(module, "top_k"),
-        lambda name, module: "." not in name,
+        lambda name: any(name == d or name.startswith(f"{d}.") for d in declared),
+        lambda name: hasattr(parent.get_submodule(name), "top_k"),
+        lambda name: "." not in name,
     ):
-        preferred = [(n, m) for n, m in candidates if rule(n, m)]
+        preferred = [name for name in candidates if rule(name)]
         if len(preferred) == 1:
-            name, module = preferred[0]
-            return f"{parent_name}.{name}" if parent_name else name, module
+            return preferred[0]
         if len(preferred) > 1:
             raise ValueError(
                 f"{parent_name or type(parent).__name__!r} has {num_experts} experts "
                 f"and more than one candidate for their router: "
-                f"{', '.join(name for name, _ in preferred)}; allowed is one"
+                f"{', '.join(preferred)}; allowed is one, so name it with "
+                "router_pattern"
             )
     return None
 
 
 def _children_below(parent: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All submodules of `parent` except those inside a container of experts."""
+    """All submodules of `parent` except experts and those beside other experts."""
     for name, child in parent.named_children():
-        if _count_experts(child) is None:
-            yield from child.named_modules(prefix=name)
+        if _count_experts(child) is None and _experts_beside(child) is None:
+            yield name, child
+            for below, module in _children_below(child):
+                yield f"{name}.{below}", module
 
 
 def _maps_to(module: nn.Module, num_experts: int) -> bool:
+    return _rows(module) == num_experts
+
+
+def _rows(module: nn.Module) -> int:
+    """Rows of a module's weight, 0 if it has none."""
     weight = getattr(module, "weight", None)
-    return (
-        isinstance(weight, Tensor)
-        and weight.ndim == 2
-        and weight.shape[0] == num_experts
-    )
+    return weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else 0
+
+
+# What routers of one class and configuration were found to choose.
+_Learned: TypeAlias = dict[tuple[object, ...], LearnedSelection]
 
 
 def _describe(
-    name: str, router: nn.Module, parent: nn.Module, num_experts: int
+    module: nn.Module,
+    parent_name: str,
+    name: str,
+    experts: int,
+    learned: _Learned,
 ) -> Router:
+    """A router, by the name of its linear map inside the module around it."""
+    parent = module.get_submodule(parent_name)
+    # the child that holds the map: what the parent calls
+    owner_name, _, linear = name.partition(".")
+    owner = parent.get_submodule(owner_name)
+    num_experts = _rows(parent.get_submodule(name))
+    prefix = f"{parent_name}." if parent_name else ""
+
     def first(*attributes: str) -> int | None:
         config = getattr(parent, "config", None)
         for attribute in attributes:
-            for owner in (router, parent, config):
-                value = getattr(owner, attribute, None)
+            for place in (owner, parent, config):
+                value = getattr(place, attribute, None)
                 if isinstance(value, int):
                     return value
         return None
 
-    top_k = first("top_k", "num_experts_per_tok")
+    groups = first("num_group", "n_group") or 1, first("topk_group") or 1
+    key = (
+        type(owner),
+        linear,
+        groups,
+        *(str(v) for v in vars(owner).values() if isinstance(v, int | float | str)),
+        *(tuple(parameter.shape) for parameter in owner.parameters()),
+    )
+    if key not in learned:
+        learned[key] = learn_selection(parent, owner_name, linear, num_experts, groups)
+    selection = learned[key]
+    if selection.rule is None and experts < num_experts:
+        # rows behind those of the experts may belong to shared ones
+        fewer = learn_selection(parent, owner_name, linear, experts, groups)
+        if fewer.rule is not None:
+            selection, num_experts = fewer, experts
+    top_k = selection.top_k or first("top_k", "num_experts_per_tok")
     if top_k is None:
         raise ValueError(
-            f"router {name!r} ({type(router).__name__}): neither it nor its parent "
-            f"{type(parent).__name__} has top_k or num_experts_per_tok; allowed is an "
-            "int on one of them, so set it before the run"
+            f"router {prefix + name!r} ({type(owner).__name__}): neither it nor its "
+            f"parent {type(parent).__name__} has top_k or num_experts_per_tok; allowed "
+            "is an int on one of them, so set it before the run"
         )
-    has_bias = isinstance(getattr(router, _CORRECTION_BIAS, None), Tensor)
+    bias = selection.correction_bias
     return Router(
-        name=name,
+        name=prefix + name,
         top_k=top_k,
         num_experts=num_experts,
-        score_function="sigmoid" if has_bias else "softmax",
-        correction_bias=_CORRECTION_BIAS if has_bias else None,
-        num_groups=first("num_group", "n_group") or 1,
-        topk_groups=first("topk_group") or 1,
+        rule=selection.rule,
+        correction_bias=None if bias is None else prefix + bias,
+        unverified=selection.unverified,
     )

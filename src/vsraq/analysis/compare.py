@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from vsraq.capture import RouterCapture
 from vsraq.metrics import StreamingMean, jaccard, next_token_nll, output_kl
-from vsraq.routers import Router, find_routers, select_experts
+from vsraq.routers import (
+    Router,
+    correction_bias,
+    find_routers,
+    select_experts,
+)
 
 
 @dataclass(frozen=True)
@@ -42,10 +47,8 @@ def _run(
         kept = capture.take()
     selected = {}
     for router in routers:
-        bias = None
-        if router.correction_bias is not None:
-            bias = getattr(model.get_submodule(router.name), router.correction_bias)
         own_logits = torch.cat(kept[router.name])
+        bias = correction_bias(model, router)
         selected[router.name] = select_experts(router, own_logits, bias)
     return logits, selected
 

@@ -108,7 +108,7 @@ class NextRouter:
         last = self._blocks[-1]
         module = last.get_submodule(self.router.name)
         inputs = router_input(module, lambda: forward(last, hidden_states))
-        return router_values(module, inputs, what)
+        return router_values(self.router, module, inputs, what)
 
 
 def find_next_router(

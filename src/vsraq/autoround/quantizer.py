@@ -55,6 +55,7 @@ from vsraq.realignment import record_realignment, refit_router
 from vsraq.routers import (
     Compared,
     Router,
+    correction_bias,
     declared_router_classes,
     find_routers,
     router_logits,
@@ -573,7 +574,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
             if isinstance(target, RankedLogits):
                 return target.logits()
             # refit_router reads all samples before it changes the weight
-            return router_logits(module, target)
+            return router_logits(module, target, router.num_experts)
 
         def samples() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
             for batch in tensors.batches(self.block_forward.batch_size):
@@ -596,6 +597,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 replace(router, name=f"{name}.{router.name}"),
                 module,
                 samples(),
+                correction_bias=correction_bias(block, router),
                 ridge=self._alignment.realign_ridge,
                 weighting=self._alignment.realign_weighting,
             )
