@@ -12,6 +12,7 @@ import pytest
 from auto_round import AutoRound
 
 import tiny
+from vsraq.autoround import VSRAQQuantizer
 from vsraq.demo.text import documents
 
 # AutoRound collects garbage a dozen times a run; skip what the imports have left.
@@ -23,6 +24,20 @@ gc.freeze()
 def vsraq_log():
     with tiny.LogLines() as messages:
         yield messages
+
+
+@pytest.fixture
+def terms(monkeypatch):
+    """The terms of every block of a run: [(block, {label: term})]."""
+    seen = []
+    probe = VSRAQQuantizer._probe
+
+    def spy(self, run, *args):
+        seen.append((run.name, {term.label: term for term in run.terms}))
+        probe(self, run, *args)
+
+    monkeypatch.setattr(VSRAQQuantizer, "_probe", spy)
+    return seen
 
 
 @pytest.fixture

@@ -312,3 +312,29 @@ def test_the_error_of_a_routers_input(logits):
     assert losses.input_mse(fp, fp).eq(0).all()
     with pytest.raises(ValueError, match="shape"):
         losses.input_mse(q[:, 1:], fp)
+
+
+def test_another_ranking_chooses_which_logits_are_compared():
+    q_logits, fp_logits = torch.randn(T, E), torch.randn(T, E)
+    ranking = torch.stack([torch.randperm(E) for _ in range(T)])
+    ranked = rank_logits(fp_logits, 2 * K, ranking)
+    assert torch.equal(ranked.indices.long(), ranking[:, : 2 * K])
+    first = ranking[:, :K]
+    expected = (q_logits - fp_logits).gather(-1, first).square().mean(-1)
+    loss = losses.topk_mse(q_logits, ranked, top_k=K)
+    torch.testing.assert_close(loss, expected)
+    error = (q_logits - fp_logits).gather(-1, ranking)
+    expected = (error[:, K - 1] - error[:, K]).square()
+    loss = losses.margin_loss(q_logits, ranked, top_k=K)
+    torch.testing.assert_close(loss, expected)
+    # the order among the chosen stays that of the logits, or it would fight them
+    by_logits = first.gather(-1, fp_logits.gather(-1, first).argsort(-1, True))
+    gaps = q_logits.gather(-1, by_logits).diff()
+    expected = torch.nn.functional.softplus(gaps).mean(-1)
+    torch.testing.assert_close(losses.rank_loss(q_logits, ranked, top_k=K), expected)
+
+
+def test_all_ranks_in_any_order_give_the_logits_back():
+    fp_logits = torch.randn(T, E)
+    ranking = torch.stack([torch.randperm(E) for _ in range(T)])
+    assert torch.equal(rank_logits(fp_logits, None, ranking).logits(), fp_logits)

@@ -19,20 +19,6 @@ from vsraq.losses import RankedLogits
 from vsraq.routers import find_routers
 
 
-@pytest.fixture
-def terms(monkeypatch):
-    """The terms of every block of a run: [(block, {label: term})]."""
-    seen = []
-    probe = VSRAQQuantizer._probe
-
-    def spy(self, run, *args):
-        seen.append((run.name, {term.label: term for term in run.terms}))
-        probe(self, run, *args)
-
-    monkeypatch.setattr(VSRAQQuantizer, "_probe", spy)
-    return seen
-
-
 def both(**kwargs):
     options = {"iters": 2, "router_weight": 1.0, "next_router_weight": 1.0}
     return VSRAQConfig(objective="router_kl", **options | kwargs)

@@ -196,3 +196,20 @@ def test_what_reaches_the_experts(family):
         assert clear.float().mean() > 0.9
         predicted = best.indices[clear, :top_k].sort(-1).values
         assert torch.equal(predicted, chosen[clear].sort(-1).values)
+
+
+def test_the_ranking_starts_with_the_choice_and_ends_with_refused_groups():
+    rule = SelectionRule("sigmoid", True, 4, 2)
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(200, EXPERTS, generator=generator)
+    bias = torch.randn(EXPERTS, generator=generator)
+    ranking = rule.ranking(logits, bias)
+    assert torch.equal(ranking.sort(-1).values, torch.arange(EXPERTS).expand(200, -1))
+    scores = rule.scores(logits, bias)
+    assert torch.equal(ranking[:, :TOP_K], scores.topk(TOP_K).indices)
+    p = (logits.sigmoid() + bias).gather(-1, ranking)
+    refused = scores.gather(-1, ranking).isinf()
+    assert refused[:, :4].sum() == 0
+    assert refused[:, 4:].all()  # 2 groups of 2 experts
+    for half in (p[:, :4], p[:, 4:]):  # each in its own order
+        assert (half.diff() <= 0).all()

@@ -28,7 +28,8 @@ class RankedLogits:
     """The first m full-precision ranks of each token.
 
     Attributes:
-        values: Logits in descending order, float32, shape (..., m).
+        values: Logits in the order of the ranking, descending unless another ranking
+            than theirs was given, float32, shape (..., m).
         indices: Their expert indices, int16, shape (..., m).
         num_experts: E.
     """
@@ -62,12 +63,16 @@ FpLogits: TypeAlias = Tensor | RankedLogits
 TokenLoss: TypeAlias = Callable[..., Tensor]
 
 
-def rank_logits(fp_logits: Tensor, ranks: int | None = None) -> RankedLogits:
-    """Keep the highest `ranks` logits of each token.
+def rank_logits(
+    fp_logits: Tensor, ranks: int | None = None, ranking: Tensor | None = None
+) -> RankedLogits:
+    """Keep the logits of the first `ranks` experts of each token.
 
     Args:
         fp_logits: Full-precision router logits, (..., E).
         ranks: m, from 1 to E; None keeps all E.
+        ranking: Expert indices, (..., E), the first rank first, such as
+            `vsraq.routers.selection_ranking` gives; None ranks by the logits.
 
     Returns:
         The ranked form, detached.
@@ -80,7 +85,9 @@ def rank_logits(fp_logits: Tensor, ranks: int | None = None) -> RankedLogits:
     if not 1 <= ranks <= num_experts:
         raise ValueError(f"ranks={ranks}: allowed is 1 to num_experts={num_experts}")
     logits = _computed(fp_logits.detach())
-    values, indices = torch.sort(logits, dim=-1, descending=True, stable=True)
+    if ranking is None:
+        ranking = logits.argsort(dim=-1, descending=True, stable=True)
+    values, indices = logits.gather(-1, ranking), ranking
     # contiguous() so that the full sort is not kept alive by a view of it
     return RankedLogits(
         values[..., :ranks].contiguous(),
@@ -159,7 +166,9 @@ def rank_loss(
     """Keep the order of the selected experts.
 
     1/(K-1) sum_{i<K} softplus(margin - (zq_pi(i) - zq_pi(i+1))): VSRAQ Eq. 13. Reads
-    only the order of `fp_logits`; it does not vanish when the logits agree.
+    only the order of `fp_logits`; it does not vanish when the logits agree. Among the
+    first K experts the order is that of the logits, also where the ranking is not: the
+    loss must not pull the logits away from those of full precision.
 
     Args:
         q_logits: Quantized router logits, (..., E).
@@ -175,7 +184,8 @@ def rank_loss(
     """
     check_hyperparameters(top_k=top_k, margin=margin)
     _num_experts(q_logits, top_k)
-    q, _ = _by_rank(q_logits, fp_logits, top_k)
+    q, fp = _by_rank(q_logits, fp_logits, top_k)
+    q = q.gather(-1, fp.argsort(dim=-1, descending=True, stable=True))
     gaps = q[..., :-1] - q[..., 1:]
     return F.softplus(margin - gaps).sum(-1) / max(top_k - 1, 1)
 

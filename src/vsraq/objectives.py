@@ -116,19 +116,32 @@ class Objective:
             )
         return self.token_loss(q_logits, fp_logits, **self.hyperparameters)
 
-    def target(self, fp_values: Tensor, *, top_k: int) -> FpLogits:
+    def target(
+        self, fp_values: Tensor, *, top_k: int, ranking: Tensor | None = None
+    ) -> FpLogits:
         """What of full precision this objective reads, detached.
 
         Args:
             fp_values: Full-precision logits (T, E), or inputs (T, H).
             top_k: K of the router.
+            ranking: Expert indices in the order that ranks them, (T, E); None ranks by
+                the logits.
 
         Returns:
             The ranks that the loss reads, or the inputs.
         """
         if self.compares == "inputs":
             return fp_values.detach()
-        return rank_logits(fp_values, self.ranks(top_k, fp_values.shape[-1]))
+        ranks = self.ranks(top_k, fp_values.shape[-1])
+        return rank_logits(fp_values, ranks, ranking)
+
+    @property
+    def depends_on_ranking(self) -> bool:
+        """Whether another ranking of the experts may change the loss."""
+        if self.compares == "inputs":
+            return False
+        # one that names its ranks and reads all of them treats all alike
+        return self.ranks_read is _all_ranks or self.ranks(1, 1000) < 1000
 
     def ranks(self, top_k: int, num_experts: int) -> int:
         """How many full-precision ranks this objective reads."""

@@ -232,6 +232,27 @@ def select_experts(
     return scores.topk(router.top_k, dim=-1).indices
 
 
+def selection_ranking(
+    router: Router, logits: Tensor, correction_bias: Tensor | None = None
+) -> Tensor:
+    """The experts in the order in which the router would choose them.
+
+    The first K are those that it chooses; the next is the first that it does not.
+
+    Args:
+        router: Its description.
+        logits: Raw logits, (..., E).
+        correction_bias: `correction_bias(module, router)`.
+
+    Returns:
+        Expert indices, int64, (..., E).
+
+    Raises:
+        ValueError: The correction bias is missing, or the router follows no known rule.
+    """
+    return _rule(router).ranking(logits, correction_bias)
+
+
 def selection_scores(
     router: Router, logits: Tensor, correction_bias: Tensor | None = None
 ) -> Tensor:
@@ -248,13 +269,17 @@ def selection_scores(
     Raises:
         ValueError: The correction bias is missing, or the router follows no known rule.
     """
+    return _rule(router).scores(logits, correction_bias)
+
+
+def _rule(router: Router) -> SelectionRule:
     if router.rule is None:
         raise ValueError(
             f"router {router.name!r}: which experts it chooses is unknown, because "
             f"{router.unverified}; allowed are routers that choose the top K of a "
             'function of their logits; rank_by="logits" needs no rule'
         )
-    return router.rule.scores(logits, correction_bias)
+    return router.rule
 
 
 def correction_bias(module: nn.Module, router: Router) -> Tensor | None:

@@ -73,6 +73,34 @@ class SelectionRule:
         Raises:
             ValueError: The correction bias is missing.
         """
+        scores, refused = self._scores(logits, correction_bias)
+        return scores.masked_fill(refused, self.masked_score)
+
+    def ranking(self, logits: Tensor, correction_bias: Tensor | None = None) -> Tensor:
+        """The experts in the order in which the router would choose them.
+
+        The first K are those that it chooses. Experts of groups that were not chosen
+        come where `masked_score` puts them, in the order of their own scores.
+
+        Args:
+            logits: Raw logits, (..., E).
+            correction_bias: E values, required if the rule is biased.
+
+        Returns:
+            Expert indices, int64, (..., E).
+
+        Raises:
+            ValueError: The correction bias is missing.
+        """
+        scores, refused = self._scores(logits, correction_bias)
+        order = scores.argsort(dim=-1, descending=True, stable=True)
+        masked = scores.masked_fill(refused, self.masked_score).gather(-1, order)
+        return order.gather(-1, masked.argsort(dim=-1, descending=True, stable=True))
+
+    def _scores(
+        self, logits: Tensor, correction_bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Scores before groups count, and which experts those refuse, (..., E) each."""
         logits = logits.float() * self.logit_scale
         if self.logit_softcap is not None:
             logits = (logits / self.logit_softcap).tanh() * self.logit_softcap
@@ -85,16 +113,18 @@ class SelectionRule:
                 )
             scores = scores + correction_bias.flatten().to(scores)
         if self.num_groups == 1:
-            return scores
+            return scores, torch.zeros_like(scores, dtype=torch.bool)
         grouped = scores.unflatten(-1, (self.num_groups, -1))
         best = grouped.topk(2 if self.group_score == "top2" else 1, dim=-1).values
         chosen = best.sum(-1).topk(self.topk_groups, dim=-1).indices
-        allowed = torch.zeros(
-            grouped.shape[:-1], dtype=torch.bool, device=chosen.device
-        )
-        allowed.scatter_(-1, chosen, True)
-        masked = grouped.masked_fill(~allowed.unsqueeze(-1), self.masked_score)
-        return masked.flatten(-2)
+        refused = torch.ones_like(best[..., 0], dtype=torch.bool)
+        refused.scatter_(-1, chosen, False)
+        return scores, refused.unsqueeze(-1).expand_as(grouped).flatten(-2)
+
+    @property
+    def by_logits(self) -> bool:
+        """Whether it chooses the highest logits."""
+        return not self.biased and self.num_groups == 1
 
     def __str__(self) -> str:
         parts: list[str] = [self.score_function]

@@ -42,6 +42,27 @@ def check_router(
             )
 
 
+def check_selection(routers: Sequence[Router]) -> None:
+    """Refuse to rank by a selection that is unknown, or that ranks as the logits do.
+
+    Raises:
+        ValueError: A router's rule is unknown, or every router chooses the highest
+            logits.
+    """
+    for router in routers:
+        if router.rule is None:
+            raise ValueError(
+                f'rank_by="selection": which experts router {router.name} chooses is '
+                f"unknown, because {router.unverified}; allowed are routers that take "
+                'the top K of a function of their logits; use rank_by="logits"'
+            )
+    if all(router.rule is not None and router.rule.by_logits for router in routers):
+        raise ValueError(
+            'rank_by="selection": every router of this model chooses the highest '
+            'logits, so it ranks as "logits" does; leave rank_by out'
+        )
+
+
 def check_run(alignment: Alignment, calibration: Any) -> None:
     """Refuse runs in which a part of the alignment cannot work.
 

@@ -3,13 +3,16 @@
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 
 from vsraq.autoround.terms import Weight
 from vsraq.objectives import Objective, get_objective
 from vsraq.realignment import DEFAULT_RIDGE, Weighting
+
+RankBy: TypeAlias = Literal["logits", "selection"]
+OnUnreached: TypeAlias = Literal["warn", "error"]
 
 _HYPERPARAMETERS = (
     "multiplier",
@@ -33,6 +36,7 @@ class Alignment:
         router_weight: Weight of the own routers' loss; 0 is off.
         next_router_weight: Weight of the next router's loss; 0 is off.
         realign_routers: Whether routers are re-fitted.
+        rank_by: Which order of the experts the losses read.
         lookahead: Blocks that may be run to reach the next router.
         auto_ratio: Strength of automatic weights.
         realign_ridge: Ridge of the re-fit.
@@ -42,6 +46,7 @@ class Alignment:
     router_weight: Weight = 0.0
     next_router_weight: Weight = 0.0
     realign_routers: bool = False
+    rank_by: RankBy = "logits"
     lookahead: int = 2
     auto_ratio: float = 1.0
     realign_ridge: float = DEFAULT_RIDGE
@@ -56,9 +61,16 @@ class Alignment:
         """Whether a router loss takes part in the tuning."""
         return self.router_weight != 0 or self.next_router_weight != 0
 
+    @property
+    def reads_full_precision(self) -> bool:
+        """Whether a part reads what a block's own routers do in full precision."""
+        return self.router_weight != 0 or self.realign_routers
+
     def idle(self) -> dict[str, str]:
         """Options that have no effect, and what each of them needs."""
         needed = {}
+        if not self.has_terms:
+            needed["rank_by"] = "a router_weight or next_router_weight"
         if self.next_router_weight == 0:
             needed["lookahead"] = "a next_router_weight"
         if "auto" not in (self.router_weight, self.next_router_weight):
@@ -101,6 +113,11 @@ class VSRAQConfig(SignRoundConfig):
             tuned parameters that the router loss reaches, before the first step).
         next_router_weight: The same for the next MoE router.
         next_router_objective: Its objective; None takes `objective` as it is.
+        rank_by: What ranks the experts for the losses: their full-precision "logits",
+            as in the papers (None), or "selection", the scores by which the router
+            really chooses, with its correction bias and groups. The losses still
+            compare logits. Where a router chooses the highest logits, both are the
+            same.
         lookahead: How many of the following blocks may be run to reach the next
             router; None is 2.
         auto_ratio: How strong an "auto" weight is; None is 1.
@@ -109,6 +126,10 @@ class VSRAQConfig(SignRoundConfig):
             X^T X; None is 1e-3.
         realign_weighting: Which errors of the logits it fits: "uniform" (None),
             "top_3k" or "boundary"; see `vsraq.realignment.error_weights`.
+        min_tokens_per_expert: Experts that get fewer calibration tokens than this are
+            named at the end of the run.
+        on_unreached: "warn" of them, or end the run at the first block that has some
+            ("error").
         multiplier: Of `topk_mse`: how many times K ranks count, or "all".
         boundary: Of `vsraq`, `margin` and `pairwise_margin`: b.
         alpha: Of `vsraq`: share of the sigmoid-aware term.
@@ -136,11 +157,14 @@ class VSRAQConfig(SignRoundConfig):
         router_weight: Weight | None = None,
         next_router_weight: Weight | None = None,
         next_router_objective: str | Objective | None = None,
+        rank_by: RankBy | None = None,
         lookahead: int | None = None,
         auto_ratio: float | None = None,
         realign_routers: bool | None = None,
         realign_ridge: float | None = None,
         realign_weighting: Weighting | None = None,
+        min_tokens_per_expert: int = 1,
+        on_unreached: OnUnreached = "warn",
         multiplier: int | Literal["all"] | None = None,
         boundary: int | None = None,
         alpha: float | None = None,
@@ -165,11 +189,14 @@ class VSRAQConfig(SignRoundConfig):
         self.router_weight = router_weight
         self.next_router_weight = next_router_weight
         self.next_router_objective = next_router_objective
+        self.rank_by = rank_by
         self.lookahead = lookahead
         self.auto_ratio = auto_ratio
         self.realign_routers = realign_routers
         self.realign_ridge = realign_ridge
         self.realign_weighting = realign_weighting
+        self.min_tokens_per_expert = min_tokens_per_expert
+        self.on_unreached = on_unreached
         self.multiplier = multiplier
         self.boundary = boundary
         self.alpha = alpha
@@ -231,7 +258,8 @@ class VSRAQConfig(SignRoundConfig):
         self.resolve_next_objective()
         self._check_weights()
         self._check_without_effect()
-        for name in ("nblocks", "gradient_accumulate_steps"):
+        counts = ("nblocks", "gradient_accumulate_steps", "min_tokens_per_expert")
+        for name in counts:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: allowed is an int >= 1")
@@ -242,12 +270,14 @@ class VSRAQConfig(SignRoundConfig):
         realign = self.realign_routers
         if realign is not None and not isinstance(realign, bool):
             raise ValueError(f"realign_routers={realign!r}: allowed is True or False")
-        weighting = self.realign_weighting
-        if weighting is not None and weighting not in get_args(Weighting):
-            raise ValueError(
-                f"realign_weighting={weighting!r}: allowed are "
-                f"{', '.join(get_args(Weighting))}"
-            )
+        for name, allowed in (
+            ("realign_weighting", get_args(Weighting)),
+            ("rank_by", get_args(RankBy)),
+            ("on_unreached", get_args(OnUnreached)),
+        ):
+            value = getattr(self, name)
+            if value is not None and value not in allowed:
+                raise ValueError(f"{name}={value!r}: allowed are {', '.join(allowed)}")
         if self.enable_lfq:
             raise ValueError(
                 "enable_lfq=True: it replaces the loss of the last block and so drops "
@@ -283,6 +313,11 @@ class VSRAQConfig(SignRoundConfig):
         if not own_is_read:
             term = "a term that has this objective (router_weight)"
             needed |= dict.fromkeys(_HYPERPARAMETERS, term)
+        read = [self.resolve_objective()] if own_is_read else []
+        if alignment.next_router_weight != 0:
+            read.append(self.resolve_next_objective())
+        if read and not any(objective.depends_on_ranking for objective in read):
+            needed["rank_by"] = "an objective that does not treat all experts alike"
         for name, what in needed.items():
             value = getattr(self, name)
             if value is not None:

@@ -25,6 +25,7 @@ from vsraq.capture import router_input
 from vsraq.routers import (
     Compared,
     Router,
+    correction_bias,
     expert_containers,
     router_values,
     routers_inside,
@@ -67,6 +68,11 @@ class NextRouter:
         self.router = router
         self._blocks = tuple(blocks)
         self._runner = runner
+
+    @property
+    def correction_bias(self) -> Tensor | None:
+        """The bias that the router chooses by, (E,), or None."""
+        return correction_bias(self._blocks[-1], self.router)
 
     def values(
         self,

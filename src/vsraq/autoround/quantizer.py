@@ -9,7 +9,7 @@ Seams of AutoRound 0.16 used here, each pinned by a contract test: `prepare_run`
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -31,9 +31,16 @@ from vsraq.autoround.checks import (
     check_next_router,
     check_router,
     check_run,
+    check_selection,
     within_reach,
 )
 from vsraq.autoround.config import Alignment, VSRAQConfig
+from vsraq.autoround.full_precision import (
+    FpRouters,
+    FullPrecisionCapture,
+    eager,
+    ranking_of,
+)
 from vsraq.autoround.hybrids import adapt_attention_mask
 from vsraq.autoround.next_router import (
     NextRouter,
@@ -50,10 +57,10 @@ from vsraq.autoround.terms import (
     split_samples,
 )
 from vsraq.capture import RouterCapture, router_input
-from vsraq.losses import FpLogits, RankedLogits, rank_logits
+from vsraq.expert_coverage import ExpertCoverage
+from vsraq.losses import FpLogits, RankedLogits
 from vsraq.realignment import record_realignment, refit_router
 from vsraq.routers import (
-    Compared,
     Router,
     correction_bias,
     declared_router_classes,
@@ -66,32 +73,6 @@ if TYPE_CHECKING:
 
 # A child of AutoRound's logger: its handler and level, no configuration of our own.
 logger = logging.getLogger("autoround.vsraq")
-
-
-def _eager() -> AbstractContextManager[None]:
-    return torch.compiler.set_stance("force_eager")
-
-
-class _CaptureHandle:
-    """Ends the full-precision capture when AutoRound is done with its forward pass.
-
-    AutoRound calls `remove` after a forward pass that succeeds. When it fails, the
-    unwinding stack drops the list that holds this handle, and with it the hooks.
-
-    Until then compiled code runs in eager mode: it would keep calling the hooks of the
-    block that it was compiled for. One forward pass of many, so it costs little.
-    """
-
-    def __init__(self, capture: RouterCapture[FpLogits]) -> None:
-        self._stack = ExitStack()
-        self._stack.enter_context(_eager())
-        self._stack.callback(capture.close)
-
-    def remove(self) -> None:
-        self._stack.close()
-
-    def __del__(self) -> None:
-        self.remove()
 
 
 @register_pipeline_member(VSRAQConfig)
@@ -118,18 +99,14 @@ class VSRAQQuantizer(SignRoundQuantizer):
         self._seed: int | None = None
         self._layer_config: Any = None
         self._router_classes: tuple[type, ...] = ()
-        self._fp_capture: RouterCapture[FpLogits] | None = None
+        self._fp_capture: FullPrecisionCapture | None = None
+        self._coverage = ExpertCoverage(config.min_tokens_per_expert)
         self._run: BlockRun | None = None
         self._checked = False
 
     @property
     def _alignment(self) -> Alignment:
         return self.config.alignment
-
-    @property
-    def _reads_full_precision(self) -> bool:
-        """Whether a block's own routers are captured in full precision."""
-        return self._alignment.router_weight != 0 or self._alignment.realign_routers
 
     # ── Run ──────────────────────────────────────────────────────────────────
 
@@ -208,6 +185,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
         for router in routers:
             check_router(self.model, router, (self._objective, self._next_objective))
         check_run(alignment, self.calibration_context)
+        if alignment.rank_by == "selection":
+            check_selection(routers)
         if self.compress_context.enable_torch_compile:
             # Code compiled for an earlier run of this process knows no router hook,
             # and torch.compile does not look whether there is one.
@@ -249,6 +228,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
         super().finalize_run()
         self._drop_fp_capture()
         self._run = None
+        self._report_coverage()
+        self._coverage = ExpertCoverage(self.config.min_tokens_per_expert)
 
     # ── Full-precision side ──────────────────────────────────────────────────
 
@@ -257,9 +238,15 @@ class VSRAQQuantizer(SignRoundQuantizer):
         handles = super().register_fp_input_forward_hooks(block)
         self._drop_fp_capture()
         routers = self._routers_of(block)
-        if routers and self._reads_full_precision:
-            self._fp_capture = self._open_fp_capture(block, routers)
-            handles.append(_CaptureHandle(self._fp_capture))
+        if routers:
+            self._fp_capture = FullPrecisionCapture(
+                block,
+                routers,
+                self._alignment,
+                self._objective,
+                self.compress_context.cache_device,
+            )
+            handles.append(self._fp_capture.open())
         return handles
 
     def _routers_of(self, block: nn.Module) -> tuple[Router, ...]:
@@ -267,35 +254,20 @@ class VSRAQQuantizer(SignRoundQuantizer):
             return ()
         return find_routers(block, router_classes=self._router_classes)
 
-    def _open_fp_capture(
-        self, block: nn.Module, routers: Sequence[Router]
-    ) -> RouterCapture[FpLogits]:
-        cache_device = self.compress_context.cache_device
-
-        own_term = self._alignment.router_weight != 0
-        what: Compared = self._objective.compares if own_term else "logits"
-
-        def keep(router: Router, values: Tensor) -> FpLogits:
-            if self._alignment.realign_routers and what == "logits":
-                return rank_logits(values).to(cache_device)
-            return self._objective.target(values, top_k=router.top_k).to(cache_device)
-
-        return RouterCapture(block, routers, keep, what).open()
-
     def _drop_fp_capture(self) -> None:
         if self._fp_capture is not None:
             self._fp_capture.close()
             self._fp_capture = None
 
-    def _take_fp_targets(
+    def _take_fp_routers(
         self,
         name: str,
         block: nn.Module,
         tensors: BlockTensors,
         *,
         derivable: bool,
-    ) -> dict[str, list[FpLogits]]:
-        """What every router has in full precision, split by sample."""
+    ) -> FpRouters:
+        """What the block's routers do in full precision."""
         capture = self._fp_capture
         self._fp_capture = None
         if capture is None:
@@ -303,24 +275,11 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 f"block {name}: its full-precision forward was not announced; allowed "
                 "are runs through AutoRound 0.16's compress_block"
             )
-        try:
-            kept = capture.take()
-        except RuntimeError as error:
-            if not derivable:
-                raise RuntimeError(
-                    f"block {name}: no full-precision router logits were captured, and "
-                    "its inputs are the quantized stream, so they cannot be derived; "
-                    "let AutoRound run the reference forward (reference_output=None) "
-                    f"if the caller skips it; else: {error}"
-                ) from error
-            # The caller passed reference_output and so skipped AutoRound's forward.
-            with capture, torch.no_grad(), _eager():
-                self.block_forward.forward(block, tensors.inputs, tensors.others)
-                kept = capture.take()
-        return {
-            router: split_samples(name, router, calls, tensors.tokens)
-            for router, calls in kept.items()
-        }
+        # The caller may have passed reference_output and so skipped that forward.
+        forward = partial(
+            self.block_forward.forward, block, tensors.inputs, tensors.others
+        )
+        return capture.take(name, tensors, forward if derivable else None)
 
     # ── Tuning ───────────────────────────────────────────────────────────────
 
@@ -359,15 +318,17 @@ class VSRAQQuantizer(SignRoundQuantizer):
         tensors = BlockTensors(
             q_inputs if use_q else fp_inputs, input_others, fp_outputs
         )
-        fp_targets = {}
-        if routers and self._reads_full_precision:
-            fp_targets = self._take_fp_targets(
+        fp_routers = FpRouters({}, {})
+        if routers:
+            fp_routers = self._take_fp_routers(
                 name, block, tensors, derivable=q_inputs is None
             )
+        fp_targets = fp_routers.targets
         last_block = block_ctx.block_names[-1]
         best_params = self._tune(
             tune, name, last_block, routers, fp_targets, block, tensors
         )
+        self._count_tokens(name, routers, fp_routers, len(tensors.fp_outputs))
         if self._alignment.realign_routers:
             for router in routers:
                 self._refit(name, block, router, fp_targets, tensors)
@@ -471,7 +432,14 @@ class VSRAQQuantizer(SignRoundQuantizer):
         with torch.no_grad():
             for samples in tensors.batches(self.block_forward.batch_size):
                 fp_values = values(tensors.reference(samples), samples)
-                target = objective.target(fp_values, top_k=router.top_k)
+                ranking = None
+                if objective.compares == "logits":
+                    bias = next_router.correction_bias
+                    rank_by = self._alignment.rank_by
+                    ranking = ranking_of(rank_by, router, fp_values, bias)
+                target = objective.target(
+                    fp_values, top_k=router.top_k, ranking=ranking
+                )
                 kept.append(target.to(cache_device))
 
         def q_values(output: Tensor, samples: list[int]) -> dict[str, Tensor]:
@@ -524,7 +492,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
         samples = tensors.batches(self.block_forward.batch_size)[0]
         valid_token_mask = getattr(self, "_cached_valid_token_mask", None)
         mask = self._mask(valid_token_mask, samples)
-        with torch.enable_grad(), _eager():
+        with torch.enable_grad(), eager():
             output = self.block_forward.forward(
                 block, tensors.inputs, tensors.others, torch.tensor(samples)
             )
@@ -556,6 +524,52 @@ class VSRAQQuantizer(SignRoundQuantizer):
         if not valid_token_mask:
             return None
         return torch.cat([valid_token_mask[i].flatten() for i in samples])
+
+    def _count_tokens(
+        self,
+        name: str,
+        routers: Sequence[Router],
+        fp_routers: FpRouters,
+        samples: int,
+    ) -> None:
+        """Count the tokens that a block's experts were tuned on."""
+        valid_token_mask = getattr(self, "_cached_valid_token_mask", None)
+        mask = self._mask(valid_token_mask, range(samples))
+        for router in routers:
+            if router.name not in fp_routers.selected:
+                continue
+            full_name = f"{name}.{router.name}"
+            selected = fp_routers.selected[router.name]
+            self._coverage.add(full_name, router.num_experts, selected, mask)
+            starved = self._coverage.starved(full_name)
+            if starved and self.config.on_unreached == "error":
+                raise ValueError(
+                    f"router {full_name}: experts {starved} got fewer than "
+                    f"min_tokens_per_expert={self.config.min_tokens_per_expert} "
+                    'calibration tokens; allowed with on_unreached="error" is none; '
+                    "calibrate on more or other text (nsamples, seqlen, dataset), or "
+                    'pass on_unreached="warn"'
+                )
+
+    def _report_coverage(self) -> None:
+        """Log what the experts of the run were tuned on, and write it to the export."""
+        coverage = self._coverage
+        if not coverage:
+            return
+        for line in coverage.table():
+            logger.info("vsraq: %s", line)
+        starved = {n: e for n in coverage.tokens if (e := coverage.starved(n))}
+        if starved:
+            logger.warning(
+                "vsraq: fewer than %d calibration tokens reached some experts, so "
+                "their rounding is untuned, and with quantized activations their "
+                "scale is a guess: %s; calibrate on more or other text",
+                coverage.min_tokens,
+                "; ".join(f"{name} {experts}" for name, experts in starved.items()),
+            )
+        if getattr(self._orchestrator, "formats", None):  # quantize_and_save
+            path = coverage.save(self.compress_context.output_dir)
+            logger.info("vsraq: tokens per expert are in %s", path)
 
     def _refit(
         self,
@@ -592,7 +606,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 for i, x, z in zip(batch, own, logits, strict=True):
                     yield x, z, self._mask(mask, [i])
 
-        with torch.no_grad(), _eager():
+        with torch.no_grad(), eager():
             refit = refit_router(
                 replace(router, name=f"{name}.{router.name}"),
                 module,

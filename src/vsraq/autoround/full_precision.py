@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a block's routers do in full precision, taken from AutoRound's own forward."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vsraq.autoround.config import Alignment, RankBy
+from vsraq.autoround.terms import BlockTensors, split_samples
+from vsraq.capture import RouterCapture
+from vsraq.losses import FpLogits, rank_logits
+from vsraq.objectives import Objective
+from vsraq.routers import (
+    Compared,
+    Router,
+    correction_bias,
+    router_logits,
+    select_experts,
+    selection_ranking,
+)
+
+
+def eager() -> AbstractContextManager[None]:
+    """Run compiled code as it was written."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def ranking_of(
+    rank_by: RankBy, router: Router, logits: Tensor, bias: Tensor | None
+) -> Tensor | None:
+    """What ranks the experts of a router, (T, E); None is their logits."""
+    if rank_by == "logits":
+        return None
+    return selection_ranking(router, logits, bias)
+
+
+class _CaptureHandle:
+    """Ends the full-precision capture when AutoRound is done with its forward pass.
+
+    AutoRound calls `remove` after a forward pass that succeeds. When it fails, the
+    unwinding stack drops the list that holds this handle, and with it the hooks.
+
+    Until then compiled code runs in eager mode: it would keep calling the hooks of the
+    block that it was compiled for. One forward pass of many, so it costs little.
+    """
+
+    def __init__(self, close: Callable[[], None]) -> None:
+        self._stack = ExitStack()
+        self._stack.enter_context(eager())
+        self._stack.callback(close)
+
+    def remove(self) -> None:
+        self._stack.close()
+
+    def __del__(self) -> None:
+        self.remove()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What is kept of one call of a router."""
+
+    target: FpLogits | None
+    selected: Tensor | None  # (T, K), int16; None if nobody knows what it chooses
+
+
+@dataclass(frozen=True)
+class FpRouters:
+    """A block's routers in full precision.
+
+    Attributes:
+        targets: By router name, what each calibration sample has; empty if no part of
+            the alignment reads them.
+        selected: By router name, the experts that each token chose, (T, K); routers of
+            unknown rules are missing.
+    """
+
+    targets: dict[str, list[FpLogits]]
+    selected: dict[str, Tensor]
+
+
+class FullPrecisionCapture:
+    """Captures the routers of a block during AutoRound's reference forward.
+
+    Args:
+        block: The block.
+        routers: Its routers, named relative to it.
+        alignment: The parts that are on: they decide what is kept.
+        objective: Of the own routers' loss.
+        cache_device: Where it is kept.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        routers: Sequence[Router],
+        alignment: Alignment,
+        objective: Objective,
+        cache_device: torch.device | str,
+    ) -> None:
+        self._block = block
+        self._alignment = alignment
+        self._objective = objective
+        self._cache_device = cache_device
+        self._own_term = alignment.router_weight != 0
+        self._what: Compared = objective.compares if self._own_term else "logits"
+        self._capture = RouterCapture(block, routers, self._keep, self._what)
+
+    def open(self) -> _CaptureHandle:
+        """Register the hooks.
+
+        Returns:
+            A handle for AutoRound, which removes them.
+        """
+        self._capture.open()
+        return _CaptureHandle(self._capture.close)
+
+    def close(self) -> None:
+        """Remove the hooks and forget what was kept."""
+        self._capture.close()
+        self._capture.clear()
+
+    def _keep(self, router: Router, values: Tensor) -> _Call:
+        bias = correction_bias(self._block, router)
+        logits = values
+        if self._what == "inputs":
+            module = self._block.get_submodule(router.name)
+            logits = router_logits(module, values, router.num_experts)
+        selected = None
+        if router.rule is not None:
+            selected = select_experts(router, logits, bias).to(torch.int16)
+            selected = selected.to(self._cache_device)
+        return _Call(self._target(router, values, bias), selected)
+
+    def _target(
+        self, router: Router, values: Tensor, bias: Tensor | None
+    ) -> FpLogits | None:
+        alignment = self._alignment
+        if not alignment.reads_full_precision:
+            return None
+        ranking = None
+        if self._own_term and self._what == "logits":
+            ranking = ranking_of(alignment.rank_by, router, values, bias)
+        if alignment.realign_routers and self._what == "logits":
+            return rank_logits(values, None, ranking).to(self._cache_device)
+        target = self._objective.target(values, top_k=router.top_k, ranking=ranking)
+        return target.to(self._cache_device)
+
+    def take(
+        self, name: str, tensors: BlockTensors, forward: Callable[[], object] | None
+    ) -> FpRouters:
+        """What was kept, split by sample.
+
+        Args:
+            name: The block's name.
+            tensors: What it is tuned with.
+            forward: Runs the block over all samples, for callers that skipped
+                AutoRound's reference forward; None if its inputs are not those of full
+                precision.
+
+        Raises:
+            RuntimeError: Nothing was captured and cannot be derived, or the routers saw
+                other tokens than the block.
+        """
+        try:
+            kept = self._capture.take()
+        except RuntimeError as error:
+            if forward is None:
+                raise RuntimeError(
+                    f"block {name}: no full-precision router logits were captured, and "
+                    "its inputs are the quantized stream, so they cannot be derived; "
+                    "let AutoRound run the reference forward (reference_output=None) "
+                    f"if the caller skips it; else: {error}"
+                ) from error
+            with self._capture, torch.no_grad(), eager():
+                forward()
+                kept = self._capture.take()
+        targets, selected = {}, {}
+        for router, calls in kept.items():
+            own = [call.target for call in calls if call.target is not None]
+            if own:
+                targets[router] = split_samples(name, router, own, tensors.tokens)
+            chosen = [call.selected for call in calls if call.selected is not None]
+            if chosen:
+                selected[router] = torch.cat(chosen)
+        return FpRouters(targets, selected)

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many calibration tokens each expert got.
+
+The rounding of an expert that no token reached is untuned, and the scale of its
+activations (NVFP4, INT8) is a guess.
+
+Shapes: T tokens, K top-k, E experts.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FILE_NAME = "expert_coverage.json"
+
+
+class ExpertCoverage:
+    """Counts of tokens by router and expert.
+
+    Args:
+        min_tokens: Experts with fewer tokens are named.
+
+    Attributes:
+        tokens: By router name, tokens of each expert, (E,) int64.
+    """
+
+    def __init__(self, min_tokens: int = 1) -> None:
+        self.min_tokens = min_tokens
+        self.tokens: dict[str, Tensor] = {}
+
+    def add(
+        self,
+        router: str,
+        num_experts: int,
+        selected: Tensor,
+        mask: Tensor | None = None,
+    ) -> None:
+        """Count some tokens.
+
+        Args:
+            router: The router's name.
+            num_experts: E.
+            selected: The experts that it chose, (T, K).
+            mask: Tokens that count, (T,), or None for all.
+        """
+        if mask is not None:
+            selected = selected[mask.to(selected.device).bool()]
+        counts = torch.bincount(selected.flatten().long(), minlength=num_experts)
+        self.tokens[router] = self.tokens.get(router, 0) + counts.cpu()
+
+    def starved(self, router: str) -> list[int]:
+        """Experts with fewer than `min_tokens` tokens."""
+        return (self.tokens[router] < self.min_tokens).nonzero().flatten().tolist()
+
+    def __bool__(self) -> bool:
+        """Whether anything was counted."""
+        return bool(self.tokens)
+
+    def table(self) -> Iterator[str]:
+        """Lines for a log: tokens per expert of each router."""
+        width = max(map(len, self.tokens), default=0)
+        yield (
+            f"{'tokens per expert':{width}}  {'min':>8} {'median':>8} {'max':>8}  "
+            f"below {self.min_tokens}"
+        )
+        for name, tokens in self.tokens.items():
+            starved = self.starved(name)
+            experts = f"{len(starved)} of {len(tokens)}"
+            yield (
+                f"{name:{width}}  {int(tokens.min()):8d} {int(tokens.median()):8d} "
+                f"{int(tokens.max()):8d}  {experts}"
+            )
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `save` writes."""
+        return {
+            "min_tokens_per_expert": self.min_tokens,
+            "routers": {
+                name: {"tokens": tokens.tolist(), "below_minimum": self.starved(name)}
+                for name, tokens in self.tokens.items()
+            },
+        }
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `expert_coverage.json` into a folder, whole or not at all.
+
+        Returns:
+            The file's path.
+        """
+        path = Path(folder) / FILE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(self.as_dict(), indent=1))
+        os.replace(unfinished, path)
+        return path

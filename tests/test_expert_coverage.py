@@ -1,0 +1,165 @@
+"""Tokens per expert: counted in the run, logged, and written beside the export."""
+
+import json
+
+import pytest
+import torch
+from auto_round import AutoRound
+
+import tiny
+from test_autoround import padded
+from vsraq import VSRAQConfig
+from vsraq.capture import RouterCapture
+from vsraq.expert_coverage import FILE_NAME, ExpertCoverage
+from vsraq.routers import correction_bias, find_routers, select_experts
+
+FAMILY = "solar_open"
+PARTS = [
+    {"router_weight": 1.0},
+    {"next_router_weight": 1.0},
+    {"realign_routers": True},
+    {"router_weight": 1.0, "objective": "input_mse"},
+    {},
+]
+
+
+def expected(model, masks=None):
+    """Tokens per expert of a full-precision model on the calibration tokens."""
+    routers = find_routers(model)
+    ids = torch.cat(tiny.calibration())
+    valid = torch.ones_like(ids) if masks is None else torch.cat(masks)
+    with torch.no_grad(), RouterCapture(model, routers) as capture:
+        model(ids)
+        kept = capture.take()
+    counts = {}
+    for router in routers:
+        logits = torch.cat(kept[router.name])[valid.flatten().bool()]
+        chosen = select_experts(router, logits, correction_bias(model, router))
+        counts[router.name] = torch.bincount(chosen.flatten(), minlength=8).tolist()
+    return counts
+
+
+@pytest.fixture
+def export(tmp_path):
+    """Quantize and save; the JSON comes back."""
+
+    def run(model, config, **kwargs):
+        autoround = AutoRound(
+            model,
+            tokenizer=tiny.tiny_tokenizer(),
+            scheme="W4A16",
+            group_size=32,
+            alg_configs=config,
+            amp=False,
+            **{"dataset": tiny.calibration()} | tiny.RUN | kwargs,
+        )
+        _, folder = autoround.quantize_and_save(str(tmp_path), format="auto_round")
+        (file,) = tmp_path.rglob(FILE_NAME)
+        assert str(file.parent) == folder
+        return json.loads(file.read_text())
+
+    return run
+
+
+@pytest.mark.parametrize("parts", PARTS, ids=lambda p: ",".join(p) or "default")
+def test_counts_are_those_of_full_precision(parts, export):
+    counts = export(tiny.tiny_model(FAMILY), VSRAQConfig(iters=1, **parts))
+    routers = {n: r["tokens"] for n, r in counts["routers"].items()}
+    masks = [torch.ones(1, tiny.SEQLEN) for _ in range(8)]
+    for mask in masks:
+        mask[0, -1] = 0  # AutoRound counts no loss there
+    assert routers == expected(tiny.tiny_model(FAMILY), masks)
+
+
+def test_padding_does_not_count(export):
+    config = VSRAQConfig(iters=1, router_weight=1.0)
+    counts = export(tiny.tiny_model(FAMILY), config, dataset=padded(0))
+    valid = 8 * tiny.SEQLEN // 2
+    for router in counts["routers"].values():
+        assert sum(router["tokens"]) == valid * tiny.TOP_K
+
+
+def starving():
+    """Expert 3 of the second MoE layer is never chosen."""
+    model = tiny.tiny_model(FAMILY)
+    model.model.layers[1].mlp.gate.e_score_correction_bias[3] = -10
+    return model
+
+
+def test_unreached_experts_are_named(export, vsraq_log):
+    counts = export(starving(), VSRAQConfig(iters=1))
+    name = "model.layers.1.mlp.gate"
+    assert counts["min_tokens_per_expert"] == 1
+    assert counts["routers"][name]["below_minimum"] == [3]
+    assert counts["routers"][name]["tokens"][3] == 0
+    assert counts["routers"]["model.layers.0.mlp.gate"]["below_minimum"] == []
+    (warning,) = [m for m in vsraq_log if "fewer than 1 calibration tokens" in m]
+    assert f"{name} [3]" in warning
+    (line,) = [
+        m for m in vsraq_log if m.startswith(f"vsraq: {name} ") and "8d" not in m
+    ]
+    assert line.split()[-3:] == ["1", "of", "8"]
+
+
+def test_unreached_experts_end_the_run_if_asked(quantize):
+    config = VSRAQConfig(iters=1, on_unreached="error")
+    message = r"router model\.layers\.1\.mlp\.gate: experts \[3\] got fewer than"
+    with pytest.raises(ValueError, match=message):
+        quantize(starving(), config)
+
+
+def test_a_higher_minimum(quantize, vsraq_log):
+    config = VSRAQConfig(iters=1, router_weight=1.0, min_tokens_per_expert=10_000)
+    quantize(tiny.tiny_model(FAMILY), config)
+    (warning,) = [m for m in vsraq_log if "fewer than 10000" in m]
+    assert warning.count("[0, 1, 2, 3, 4, 5, 6, 7]") == 2
+
+
+def test_without_an_export_nothing_is_written(
+    quantize, tmp_path, monkeypatch, vsraq_log
+):
+    monkeypatch.chdir(tmp_path)
+    quantize(tiny.tiny_model(FAMILY), VSRAQConfig(iters=1))
+    assert not list(tmp_path.rglob(FILE_NAME))
+    assert any("tokens per expert" in m for m in vsraq_log)
+
+
+def test_plain_autoround_counts_nothing(quantize, vsraq_log):
+    quantize(tiny.tiny_model(FAMILY), VSRAQConfig(iters=1, router_weight=0))
+    assert not any("tokens per expert" in m for m in vsraq_log)
+
+
+def test_reference_logits_are_not_those_of_forced_routing(
+    quantize, terms, monkeypatch, vsraq_log
+):
+    """AutoRound can send tokens to all experts in turn; routers still say theirs."""
+
+    def first_block():
+        terms.clear()
+        config = VSRAQConfig(iters=1, router_weight=1.0, objective="router_kl")
+        quantize(tiny.tiny_model("qwen3_moe"), config, amp=False)
+        (targets,) = terms[0][1]["router"].fp_targets.values()
+        lines = [
+            m for m in vsraq_log if m.startswith("vsraq: model.layers.0.mlp.gate ")
+        ]
+        return torch.cat([t.logits() for t in targets]), lines[-1]
+
+    free, free_line = first_block()
+    monkeypatch.setenv("AR_FORCE_MOE_ROUTING_ALL_EXPERTS", "1")
+    forced, forced_line = first_block()
+    assert torch.equal(free, forced)
+    assert free_line == forced_line  # what routers choose, not where tokens were sent
+
+
+def test_coverage_counts_and_saves(tmp_path):
+    coverage = ExpertCoverage(min_tokens=2)
+    assert not coverage
+    selected = torch.tensor([[0, 1], [0, 2], [3, 0]], dtype=torch.int16)
+    coverage.add("gate", 5, selected)
+    coverage.add("gate", 5, selected, torch.tensor([1, 0, 0]))
+    assert coverage.tokens["gate"].tolist() == [4, 2, 1, 1, 0]
+    assert coverage.starved("gate") == [2, 3, 4]
+    path = coverage.save(tmp_path / "new")
+    assert json.loads(path.read_text()) == coverage.as_dict()
+    assert [p.name for p in path.parent.iterdir()] == [FILE_NAME]
+    assert list(coverage.table())[1].split() == ["gate", "0", "1", "4", "3", "of", "5"]
