@@ -178,8 +178,9 @@ class RouterCapture(Generic[Kept]):
         if silent:
             raise RuntimeError(
                 f"router {', '.join(silent)} of {type(self.module).__name__} was not "
-                "called: its block's forward did not run, or it uses the router's "
-                "weight without calling the module"
+                "called: its block's forward did not run, it uses the router's weight "
+                "without calling the module, or the router is for other tokens than "
+                "these (images); name those that are called with router_pattern"
             )
         taken = {name: list(kept) for name, kept in self._kept.items()}
         self.clear()

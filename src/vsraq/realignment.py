@@ -30,6 +30,7 @@ from vsraq.routers import (
     Router,
     correction_bias,
     find_routers,
+    linear_map,
     router_logits,
     select_experts,
     selection_scores,
@@ -214,7 +215,7 @@ def refit_router(
 
     Args:
         router: Its description; the report names it by that.
-        module: `weight` (E, H), optionally `bias` (E,). Only the weight changes; its
+        module: The router module. Only the weight of its linear map changes; its
             dtype, shape and device stay.
         samples: Per calibration sample (X (T, H), Z (T, E), mask): the router's inputs
             on the quantized path, the full-precision logits, and which tokens count,
@@ -231,7 +232,7 @@ def refit_router(
             than two samples with tokens that count.
         RuntimeError: The system cannot be solved.
     """
-    weight: Tensor = module.weight  # type: ignore[assignment]
+    weight: Tensor = linear_map(module).weight  # type: ignore[assignment]
 
     def logits_of(inputs: Tensor) -> Tensor:
         return router_logits(module, inputs, router.num_experts)

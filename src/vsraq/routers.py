@@ -35,8 +35,9 @@ class Router:
     """One router of a model or block.
 
     Attributes:
-        name: Qualified name, inside the module that was searched, of the linear map
-            from hidden states to logits.
+        name: Qualified name, inside the module that was searched, of the module that is
+            called with the hidden states: the linear map to logits, or one around it
+            that uses its weight without calling it; see `linear_map`.
         top_k: K, experts per token.
         num_experts: E.
         rule: How it chooses, or None if its choice follows no known rule.
@@ -101,13 +102,23 @@ def find_routers(
         if not isinstance(candidate, classes):
             continue
         # some models declare the layer around the router
-        if not any(found == name or found.startswith(f"{name}.") for found in names):
+        if any(found == name or found.startswith(f"{name}.") for found in names):
+            continue
+        declared = module.get_submodule(name)
+        maps = [below for below, inside in declared.named_modules() if _rows(inside)]
+        if len(maps) != 1:
             raise ValueError(
                 f"router {name!r} ({type(candidate).__name__}): it is declared as one, "
                 "but holds no weight (num_experts, hidden) beside its experts; allowed "
                 "is that layout, or name the linear map with router_pattern"
             )
-    return tuple(routers)
+        # experts of a layout that is not recognised
+        parent_name, _, own = name.rpartition(".")
+        own = f"{own}.{maps[0]}" if maps[0] else own
+        rows = _rows(declared.get_submodule(maps[0]))
+        routers.append(_describe(module, parent_name, own, rows, learned))
+    order = {name: index for index, (name, _) in enumerate(module.named_modules())}
+    return tuple(sorted(routers, key=lambda router: order[router.name]))
 
 
 def _matching(module: nn.Module, pattern: str) -> tuple[Router, ...]:
@@ -151,6 +162,27 @@ def declared_router_classes(model: nn.Module) -> tuple[type, ...]:
     return tuple(classes)
 
 
+def linear_map(router: nn.Module) -> nn.Module:
+    """The module that holds a router's weight (E, H), and its bias, if it has one.
+
+    Args:
+        router: The router module.
+
+    Returns:
+        The module itself, or the first one with a matrix inside it.
+
+    Raises:
+        ValueError: There is no matrix in it.
+    """
+    for module in router.modules():
+        if _rows(module):
+            return module
+    raise ValueError(
+        f"router {type(router).__name__}: allowed is a module that holds a weight "
+        "(num_experts, hidden)"
+    )
+
+
 def router_logits(
     router: nn.Module, hidden_states: Tensor, num_experts: int | None = None
 ) -> Tensor:
@@ -169,8 +201,9 @@ def router_logits(
     Returns:
         (T, E) with T the product of the leading dimensions.
     """
-    weight: Tensor = router.weight  # type: ignore[assignment]
-    bias: Tensor | None = getattr(router, "bias", None)
+    linear = linear_map(router)
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    bias: Tensor | None = getattr(linear, "bias", None)
     hidden_states = hidden_states.reshape(-1, weight.shape[-1]).to(weight.device)
     with torch.autocast(weight.device.type, enabled=False):
         return F.linear(
@@ -187,7 +220,7 @@ def router_inputs(router: nn.Module, hidden_states: Tensor) -> Tensor:
         router: The router module.
         hidden_states: Its input, (..., H).
     """
-    weight: Tensor = router.weight  # type: ignore[assignment]
+    weight: Tensor = linear_map(router).weight  # type: ignore[assignment]
     return hidden_states.reshape(-1, weight.shape[-1])
 
 
@@ -485,7 +518,7 @@ def _describe(
         )
     bias = selection.correction_bias
     return Router(
-        name=prefix + name,
+        name=prefix + (name if selection.calls_linear else owner_name),
         top_k=top_k,
         num_experts=num_experts,
         rule=selection.rule,

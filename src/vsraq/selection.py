@@ -156,12 +156,14 @@ class LearnedSelection:
         top_k: How many experts it chose, or None if it was not seen choosing.
         unverified: Empty if the rule made every choice that the router made; otherwise
             why that could not be seen.
+        calls_linear: Whether the router calls its linear map; some only use its weight.
     """
 
     rule: SelectionRule | None
     correction_bias: str | None = None
     top_k: int | None = None
     unverified: str = ""
+    calls_linear: bool = True
 
 
 def learn_selection(
@@ -214,15 +216,15 @@ def learn_selection(
     except _CannotAskError as error:
         return LearnedSelection(None, unverified=str(error))
     top_k = answers[0].chosen.shape[-1]
+    calls_linear = answers[0].calls_linear
     scalars = [v for v in vars(owner).values() if isinstance(v, float) and v > 0]
     names = [*biases.values(), *outer.values()]
     for rule in _rules(len(names) == 1, groups, scalars):
         if all(_agrees(rule, answer) for answer in answers):
             bias = names[0] if rule.biased else None
-            return LearnedSelection(rule, bias, top_k)
-    return LearnedSelection(
-        None, None, top_k, "its choices follow no rule that vsraq knows"
-    )
+            return LearnedSelection(rule, bias, top_k, "", calls_linear)
+    reason = "its choices follow no rule that vsraq knows"
+    return LearnedSelection(None, None, top_k, reason, calls_linear)
 
 
 # mean and standard deviation of the correction bias in each question: of the size of
@@ -236,6 +238,7 @@ class _Answer:
     logits: Tensor  # (T, E), raw
     bias: Tensor | None  # (E,)
     chosen: Tensor  # (T, K)
+    calls_linear: bool
 
 
 class _CannotAskError(Exception):
@@ -295,11 +298,16 @@ def _ask(
         if chosen is None:
             raise _ReturnsLogitsError("it returns logits, and other code chooses")
         logits = F.linear(
-            seen.reshape(_TOKENS, -1),
+            (hidden if seen is None else seen).reshape(_TOKENS, -1),
             tensors[_inside(linear, "weight")],
             tensors.get(_inside(linear, "bias")),
         )
-        return _Answer(logits, None if bias is None else bias.flatten(), chosen)
+        return _Answer(
+            logits[:, :num_experts],
+            None if bias is None else bias.flatten(),
+            chosen,
+            seen is not None,
+        )
     raise _CannotAskError(
         f"its code failed on random inputs ({type(failure).__name__}: {failure})"
     )
@@ -311,8 +319,8 @@ def _call(
     tensors: Mapping[str, Tensor],
     hidden: Tensor,
     arguments: Mapping[str, Tensor],
-) -> tuple[Tensor, Any]:
-    """What the linear map saw, and what the router returned."""
+) -> tuple[Tensor | None, Any]:
+    """What the linear map was called with, if it was, and what the router returned."""
     seen: list[Tensor] = []
 
     def record(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -329,7 +337,7 @@ def _call(
     finally:
         owner.train(training)
         handle.remove()
-    return seen[0].float(), output
+    return seen[0].float() if seen else None, output
 
 
 def _indices(output: Any, num_experts: int) -> Tensor | None:

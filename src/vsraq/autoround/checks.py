@@ -11,7 +11,12 @@ from torch import nn
 
 from vsraq.autoround.config import Alignment
 from vsraq.objectives import Objective
-from vsraq.routers import Router, expert_containers, routers_inside
+from vsraq.routers import (
+    Router,
+    expert_containers,
+    linear_map,
+    routers_inside,
+)
 
 if TYPE_CHECKING:
     from auto_round.algorithms.composer import AlgorithmComposer
@@ -26,7 +31,7 @@ def check_router(
         ValueError: It is to be quantized, or an objective reads more experts than it
             has.
     """
-    if check_to_quantized(model.get_submodule(router.name)):
+    if check_to_quantized(linear_map(model.get_submodule(router.name))):
         raise ValueError(
             f"router {router.name}: it is among the layers to quantize; allowed "
             f"are routers in full precision, so pass ignore_layers={router.name!r}"
