@@ -9,6 +9,7 @@ from auto_round import AutoRound
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from torch import nn
 
+import families
 import tiny
 from test_capture import hook_count
 from tiny import block_lines
@@ -460,3 +461,23 @@ def test_the_router_term_survives_torch_compile(quantize, vsraq_log):
         return (a[layer].float() - b[layer].float()).abs().mean().item()
 
     assert distance(compiled, eager) < distance(compiled, without)
+
+
+def test_a_pattern_aligns_some_routers_only(quantize, vsraq_log):
+    pattern = r"self_attention\.experts\.router\.layer"
+    config = VSRAQConfig(iters=2, router_weight=1.0, router_pattern=pattern)
+    quantize(families.tiny_family("jetmoe"), config)
+    assert "vsraq: 3 routers;" in vsraq_log[0]
+
+
+def test_a_pattern_that_finds_others_in_a_block_ends_the_run(quantize):
+    pattern = r"model\.layers\.\d\.mlp\.gate"
+    config = VSRAQConfig(iters=1, router_weight=1.0, router_pattern=pattern)
+    message = "block model.layers.0: it has 0 routers, the model 1 in it"
+    with pytest.raises(RuntimeError, match=message):
+        quantize(tiny.tiny_model("solar_open"), config)
+
+
+def test_a_pattern_must_be_one():
+    with pytest.raises(ValueError, match=r"router_pattern='\(': allowed is a regular"):
+        VSRAQConfig(router_weight=1.0, router_pattern="(")

@@ -73,8 +73,9 @@ def find_routers(
         router_classes: Classes that are routers for sure. None reads them from
             `module`; a block does not know them, so pass
             `declared_router_classes(model)` there.
-        router_pattern: A regular expression that matches the whole qualified name of
-            each router's linear map, for layouts that are not found.
+        router_pattern: A regular expression for the end of the qualified name of each
+            router's linear map, from a dot on ("gate" finds "layers.0.moe.gate"), for
+            layouts that are not found, or to align some routers only.
 
     Returns:
         The routers in module order; empty for a dense module.
@@ -126,7 +127,7 @@ def _matching(module: nn.Module, pattern: str) -> tuple[Router, ...]:
     learned: _Learned = {}
     routers = []
     for name, candidate in module.named_modules():
-        if not re.fullmatch(pattern, name):
+        if not re.search(rf"(^|\.)({pattern})$", name):
             continue
         if getattr(getattr(candidate, "weight", None), "ndim", None) != 2:
             raise ValueError(

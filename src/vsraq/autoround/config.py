@@ -2,6 +2,7 @@
 """`VSRAQConfig`: AutoRound's SignRound configuration plus a router objective."""
 
 import math
+import re
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -118,6 +119,8 @@ class VSRAQConfig(SignRoundConfig):
             really chooses, with its correction bias and groups. The losses still
             compare logits. Where a router chooses the highest logits, both are the
             same.
+        router_pattern: A regular expression for the end of the name of each router's
+            linear map, where `vsraq.find_routers` does not find the right ones.
         lookahead: How many of the following blocks may be run to reach the next
             router; None is 2.
         auto_ratio: How strong an "auto" weight is; None is 1.
@@ -158,6 +161,7 @@ class VSRAQConfig(SignRoundConfig):
         next_router_weight: Weight | None = None,
         next_router_objective: str | Objective | None = None,
         rank_by: RankBy | None = None,
+        router_pattern: str | None = None,
         lookahead: int | None = None,
         auto_ratio: float | None = None,
         realign_routers: bool | None = None,
@@ -190,6 +194,7 @@ class VSRAQConfig(SignRoundConfig):
         self.next_router_weight = next_router_weight
         self.next_router_objective = next_router_objective
         self.rank_by = rank_by
+        self.router_pattern = router_pattern
         self.lookahead = lookahead
         self.auto_ratio = auto_ratio
         self.realign_routers = realign_routers
@@ -267,6 +272,14 @@ class VSRAQConfig(SignRoundConfig):
             not isinstance(self.lookahead, int) or self.lookahead < 1
         ):
             raise ValueError(f"lookahead={self.lookahead!r}: allowed is an int >= 1")
+        if self.router_pattern is not None:
+            try:
+                re.compile(self.router_pattern)
+            except (re.error, TypeError) as error:
+                raise ValueError(
+                    f"router_pattern={self.router_pattern!r}: allowed is a regular "
+                    f"expression ({error})"
+                ) from error
         realign = self.realign_routers
         if realign is not None and not isinstance(realign, bool):
             raise ValueError(f"realign_routers={realign!r}: allowed is True or False")
@@ -313,6 +326,8 @@ class VSRAQConfig(SignRoundConfig):
         if not own_is_read:
             term = "a term that has this objective (router_weight)"
             needed |= dict.fromkeys(_HYPERPARAMETERS, term)
+        if not alignment:
+            needed["router_pattern"] = "a part of the alignment that is on"
         read = [self.resolve_objective()] if own_is_read else []
         if alignment.next_router_weight != 0:
             read.append(self.resolve_next_objective())

@@ -66,6 +66,7 @@ from vsraq.routers import (
     declared_router_classes,
     find_routers,
     router_logits,
+    routers_inside,
 )
 
 if TYPE_CHECKING:
@@ -119,7 +120,9 @@ class VSRAQQuantizer(SignRoundQuantizer):
         if self._alignment:
             # Now, because AutoRound may empty the blocks before the run is prepared.
             self._router_classes = declared_router_classes(self.model)
-            self._routers = find_routers(self.model)
+            self._routers = find_routers(
+                self.model, router_pattern=self.config.router_pattern
+            )
         # AutoRound 0.16 stores nblocks on the config and never reads it from there.
         if self.config.nblocks != 1:
             orchestrator.nblocks = self.config.nblocks
@@ -179,8 +182,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
         if not routers:
             raise ValueError(
                 f"model={model}: it has no MoE router, so a router loss has nothing to "
-                "align; allowed are MoE models; use AutoRound's SignRoundConfig for a "
-                "dense one"
+                "align; allowed are MoE models; name its routers with router_pattern, "
+                "or use AutoRound's SignRoundConfig for a dense one"
             )
         for router in routers:
             check_router(self.model, router, (self._objective, self._next_objective))
@@ -252,7 +255,11 @@ class VSRAQQuantizer(SignRoundQuantizer):
     def _routers_of(self, block: nn.Module) -> tuple[Router, ...]:
         if not self._alignment:
             return ()
-        return find_routers(block, router_classes=self._router_classes)
+        return find_routers(
+            block,
+            router_classes=self._router_classes,
+            router_pattern=self.config.router_pattern,
+        )
 
     def _drop_fp_capture(self) -> None:
         if self._fp_capture is not None:
@@ -314,6 +321,15 @@ class VSRAQQuantizer(SignRoundQuantizer):
             self._check_model(None)
         name = "+".join(block_ctx.block_names)
         routers = self._routers_of(block)
+        expected = sum(
+            len(routers_inside(self._routers, b)) for b in block_ctx.block_names
+        )
+        if len(routers) != expected:
+            raise RuntimeError(
+                f"block {name}: it has {len(routers)} routers, the model {expected} in "
+                "it; allowed is a router_pattern that finds the same in both, from the "
+                "name's end on"
+            )
         use_q = q_inputs is not None and self.enable_quanted_input
         tensors = BlockTensors(
             q_inputs if use_q else fp_inputs, input_others, fp_outputs
