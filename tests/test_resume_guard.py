@@ -3,8 +3,12 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
+import torch
+from auto_round import AutoRound
+from safetensors.torch import load_file
 
 import tiny
 from test_autoround import tuned
@@ -62,37 +66,72 @@ KILLED = """
         sys.argv[1],
         scheme="W4A16",
         group_size=32,
-        alg_configs=VSRAQConfig(iters=2, router_weight=1.0),
+        alg_configs=VSRAQConfig(iters=2, **eval(sys.argv[4])),
         dataset=sys.argv[2],
         **tiny.RUN,
     ).quantize_and_save(sys.argv[3], format="auto_round")
 """
 
 
-def test_a_killed_run_resumes_with_its_settings_only(tmp_path, quantize, monkeypatch):
-    source = tiny.save("solar_open", tmp_path / "model")
-    text = tiny.save_text(tmp_path / "text.jsonl")
-    monkeypatch.setenv("AR_RESUME_DIR", str(tmp_path / "resume"))
+def kill(source, text, output, **options):
+    """A real run that dies while it tunes its second block."""
+    script = textwrap.dedent(KILLED)
+    arguments = [str(source), text, str(output), repr(options)]
     killed = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            textwrap.dedent(KILLED),
-            str(source),
-            text,
-            str(tmp_path / "out"),
-        ],
+        [sys.executable, "-c", script, *arguments],
         env=os.environ | {"PYTHONPATH": os.path.dirname(__file__)},
         capture_output=True,
         check=False,
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr[-2000:]
+
+
+@pytest.fixture
+def resumable(tmp_path, monkeypatch):
+    monkeypatch.setenv("AR_RESUME_DIR", str(tmp_path / "resume"))
+    source = tiny.save("solar_open", tmp_path / "model")
+    return source, tiny.save_text(tmp_path / "text.jsonl")
+
+
+def test_a_killed_run_resumes_with_its_settings_only(resumable, quantize, tmp_path):
+    source, text = resumable
+    kill(source, text, tmp_path / "out", router_weight=1.0)
     run = {"dataset": text, "group_size": 32}
     with pytest.raises(ValueError, match=r"router_weight was 1.0, now 2.0"):
         quantize(str(source), VSRAQConfig(iters=2, router_weight=2.0), **run)
     config = VSRAQConfig(iters=2, router_weight=1.0)
     with pytest.raises(ValueError, match=r"seed was 42, now 1"):
         quantize(str(source), config, seed=1, **run)
+
+
+def test_a_resumed_run_ends_as_one_that_was_never_killed(
+    resumable, tmp_path, monkeypatch
+):
+    """The default recipe: its second block needs the re-fitted router of the first."""
+    source, text = resumable
+
+    def export(folder):
+        _, path = AutoRound(
+            str(source),
+            scheme="W4A16",
+            group_size=32,
+            alg_configs=VSRAQConfig(iters=2),
+            dataset=text,
+            **tiny.RUN,
+        ).quantize_and_save(str(tmp_path / folder), format="auto_round")
+        tensors = {}
+        for file in Path(path).glob("*.safetensors"):
+            tensors |= load_file(file)
+        return tensors
+
+    kill(source, text, tmp_path / "resumed")
+    with tiny.LogLines() as log:
+        resumed = export("resumed")
+    assert [line["block"] for line in tiny.block_lines(log)] == ["model.layers.1"]
+    monkeypatch.delenv("AR_RESUME_DIR")
+    never_killed = export("never killed")
+    assert resumed.keys() == never_killed.keys()
+    assert all(torch.equal(t, never_killed[name]) for name, t in resumed.items())
 
 
 def test_no_resume_folder_no_file(quantize, tmp_path, monkeypatch):
