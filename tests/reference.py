@@ -1,6 +1,8 @@
-"""Slow loop twins of `vsraq.losses`: the formulas of the papers, token by token."""
+"""Slow loop twins of our losses and metrics: the papers' formulas, token by token."""
 
 import math
+
+import numpy as np
 
 
 def _order(fp):
@@ -91,3 +93,59 @@ def vsraq_loss(
 def jaccard(q_selected, fp_selected):
     q, fp = set(q_selected), set(fp_selected)
     return len(q & fp) / len(q | fp)
+
+
+def mse_kl(q, fp, *, kl_weight=1.0, top_m=None):
+    mse = sum((a - b) ** 2 for a, b in zip(q, fp, strict=True)) / len(fp)
+    return mse + kl_weight * router_kl(q, fp, top_m=top_m)
+
+
+def routing_shift(q_selected, fp_selected, p=0.9):
+    k = len(fp_selected)
+    rbo = 0.0
+    for d in range(1, k + 1):
+        overlap = len(set(q_selected[:d]) & set(fp_selected[:d])) / d
+        rbo += (1 - p) * p ** (d - 1) * overlap
+    return 1 - rbo / (1 - p**k)
+
+
+def candidates(logits, temperature, top_k, top_p):
+    """{token: probability} of what one model would sample from, in float64."""
+    scores = {v: z / temperature for v, z in enumerate(logits) if z > -math.inf}
+    if top_k:
+        lowest = sorted(scores.values(), reverse=True)[:top_k][-1]
+        scores = {v: s for v, s in scores.items() if s >= lowest}
+    p = softmax(scores)
+    if top_p is not None and top_p < 1:
+        kept, mass = [], 0.0
+        for v in sorted(p, key=lambda v: -p[v]):
+            if mass >= top_p:
+                break
+            kept.append(v)
+            mass += p[v]
+        p = softmax({v: scores[v] for v in kept})
+    return p
+
+
+def softmax(scores):
+    highest = max(scores.values())
+    total = sum(np.exp(np.float64(s) - highest) for s in scores.values())
+    return {v: np.exp(np.float64(s) - highest) / total for v, s in scores.items()}
+
+
+def divergence(q, fp):
+    total = 0.0
+    for v in q.keys() | fp.keys():
+        a, b = q.get(v, 0.0), fp.get(v, 0.0)
+        m = (a + b) / 2
+        total += (a * np.log(a / m) if a else 0) + (b * np.log(b / m) if b else 0)
+    return total / 2
+
+
+def jsd(q, fp):
+    return divergence(candidates(q, 1.0, None, None), candidates(fp, 1.0, None, None))
+
+
+def sampled_jsd(q, fp, *, temperature=0.6, top_k=20, top_p=0.95):
+    values = (temperature, top_k, top_p)
+    return divergence(candidates(q, *values), candidates(fp, *values))

@@ -4,6 +4,7 @@
 Shapes: T tokens, E experts, K top-k, V vocabulary. The quantized argument comes first.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,105 @@ def output_kl(q_logits: Tensor, fp_logits: Tensor) -> Tensor:
     return F.kl_div(q_log_p, fp_log_p, reduction="none", log_target=True).sum(-1)
 
 
+def jsd(q_logits: Tensor, fp_logits: Tensor) -> Tensor:
+    """Jensen-Shannon divergence of the next-token distributions (SRA Eq. 10).
+
+    (KL(fp || m) + KL(q || m)) / 2 with m = (fp + q) / 2, over the whole vocabulary and
+    without a temperature.
+
+    Args:
+        q_logits: Output logits of the quantized model, (..., V); -inf masks a token.
+        fp_logits: Output logits of the full-precision model, (..., V).
+
+    Returns:
+        (...), nats, from 0 to ln 2; exactly 0 for equal logits.
+
+    Raises:
+        ValueError: The shapes differ, or logits are +inf, NaN or all -inf.
+    """
+    _check_output_logits(q_logits, fp_logits)
+    return _jsd(q_logits.float().softmax(-1), fp_logits.float().softmax(-1))
+
+
+def sampled_jsd(
+    q_logits: Tensor,
+    fp_logits: Tensor,
+    *,
+    temperature: float = 0.6,
+    top_k: int | None = 20,
+    top_p: float | None = 0.95,
+) -> Tensor:
+    """Jensen-Shannon divergence of what the two models would sample (SRA Eq. 2, 11-12).
+
+    Each model's distribution is cut to its own candidates and renormalised on them;
+    tokens that only the other model has as candidates get zero. Candidates are those
+    that transformers' `generate` leaves, in its order: temperature, then top-k (equal
+    logits at the k-th place all stay), then top-p among them.
+
+    Memory: besides the logits, O(tokens * top_k); O(tokens * V) where `top_k` is None.
+
+    Args:
+        q_logits: Output logits of the quantized model, (..., V); -inf masks a token.
+        fp_logits: Output logits of the full-precision model, (..., V).
+        temperature: What the logits are divided by, > 0.
+        top_k: Candidates at most, >= 0; None or 0 takes the whole vocabulary.
+        top_p: The smallest set of candidates with this probability stays, above 0 to 1;
+            None or 1 keeps all.
+
+    Returns:
+        (...), nats, from 0 to ln 2; exactly 0 for equal logits.
+
+    Raises:
+        ValueError: The shapes differ, logits are +inf, NaN or all -inf, or a sampling
+            parameter is not allowed.
+    """
+    check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    _check_output_logits(q_logits, fp_logits)
+    q_index, q_p = _candidates(q_logits, temperature, top_k, top_p)
+    fp_index, fp_p = _candidates(fp_logits, temperature, top_k, top_p)
+    # The union without a V-sized tensor: behind each other, sorted by token, every
+    # token stands at most twice, once per model and then in neighbouring places.
+    index, order = torch.cat((q_index, fp_index), -1).sort(dim=-1, stable=True)
+    q_p = F.pad(q_p, (0, fp_p.shape[-1])).gather(-1, order)
+    fp_p = F.pad(fp_p, (q_index.shape[-1], 0)).gather(-1, order)
+    twice = index[..., 1:] == index[..., :-1]
+    fp_of_next = torch.where(twice, fp_p[..., 1:], 0.0)
+    fp_p = fp_p + F.pad(fp_of_next, (0, 1))
+    # the second of a pair is accounted for with the first
+    fp_p[..., 1:] = torch.where(twice, 0.0, fp_p[..., 1:])
+    return _jsd(q_p, fp_p)
+
+
+def routing_shift(q_selected: Tensor, fp_selected: Tensor, *, p: float = 0.9) -> Tensor:
+    """How far the ranked experts moved: 1 - RBO / (1 - p^K) (SRA Eq. 3-5).
+
+    RBO = (1 - p) sum_{d<=K} p^(d-1) A_d with A_d the overlap of the first d experts of
+    both rankings, divided by d; 1 - p^K is the RBO of equal rankings.
+
+    Args:
+        q_selected: Expert indices of the quantized model, best first, (..., K), unique
+            per token.
+        fp_selected: Expert indices of the full-precision model, best first, (..., K).
+        p: Weight of a rank against the one before it, between 0 and 1.
+
+    Returns:
+        (...), a fraction from 0 (the same experts in the same order) to 1 (no shared
+        expert).
+
+    Raises:
+        ValueError: The shapes differ, or `p` is not allowed.
+    """
+    if not 0 < p < 1:
+        raise ValueError(f"p={p!r}: allowed is a number between 0 and 1")
+    _check_equal_shapes("selected", q_selected, fp_selected)
+    same = q_selected.unsqueeze(-1) == fp_selected.unsqueeze(-2)
+    shared = same.float().cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1)
+    depth = torch.arange(1, q_selected.shape[-1] + 1, device=q_selected.device)
+    weight = p ** (depth - 1) * ((1 - p) / (1 - p ** len(depth)))
+    # a sum of disagreements, so that equal rankings give exactly 0
+    return ((1 - shared / depth) * weight).sum(-1).clamp(max=1)
+
+
 def next_token_nll(logits: Tensor, input_ids: Tensor) -> Tensor:
     """Negative log-likelihood of each next token, in nats.
 
@@ -84,6 +184,80 @@ class StreamingMean:
         if self.count == 0:
             raise ValueError("StreamingMean has seen 0 values: update() it first")
         return self.total / self.count
+
+
+def check_sampling(
+    *, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
+    """Check the parameters of `sampled_jsd`.
+
+    Raises:
+        ValueError: One is not allowed, with its name, value and what is allowed.
+    """
+    if not 0 < temperature < math.inf:
+        raise ValueError(
+            f"temperature={temperature!r}: allowed is a finite number > 0; for greedy "
+            "decoding pass top_k=1"
+        )
+    if top_k is not None and (int(top_k) != top_k or top_k < 0):
+        raise ValueError(
+            f"top_k={top_k!r}: allowed is an int >= 0, or None; both 0 and None take "
+            "the whole vocabulary"
+        )
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(
+            f"top_p={top_p!r}: allowed is a number above 0, at most 1, or None"
+        )
+
+
+def _candidates(
+    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None
+) -> tuple[Tensor, Tensor]:
+    """Tokens (..., m) and their probabilities, 0 for those that were filtered out."""
+    vocabulary = logits.shape[-1]
+    count = min(top_k or vocabulary, vocabulary)
+    values, index = logits.topk(count, dim=-1)
+    if count < vocabulary:
+        lowest = values[..., -1:]
+        # -inf is no candidate; where fewer than k are finite, it is the lowest
+        at_least = ((logits >= lowest) & (logits > -math.inf)).sum(-1)
+        with_ties = int(at_least.max()) if at_least.numel() else 0
+        if with_ties > count:
+            values, index = logits.topk(with_ties, dim=-1)
+            values = values.masked_fill(values < lowest, -math.inf)
+    scores = values.float() / temperature
+    if top_p is not None and top_p < 1:
+        # from the least likely on, as transformers sums them
+        cumulative = scores.softmax(-1).flip(-1).cumsum(-1).flip(-1)
+        removed = cumulative <= 1 - top_p
+        removed[..., :1] = False
+        scores = scores.masked_fill(removed, -math.inf)
+    return index, scores.softmax(-1)
+
+
+def _jsd(q: Tensor, fp: Tensor) -> Tensor:
+    """JSD of two distributions over the same tokens, (..., N) x (..., N) -> (...)."""
+    total = q + fp
+    # With d in [-1, 1], q = m (1 + d) and fp = m (1 - d): small differences do not
+    # cancel, as they would in q log(q / m) + fp log(fp / m).
+    d = torch.where(total > 0, (q - fp) / total, 0.0)
+    terms = torch.special.xlog1py(1 + d, d) + torch.special.xlog1py(1 - d, -d)
+    return (total * terms).sum(-1).div(4).clamp(0, math.log(2))
+
+
+def _check_output_logits(q: Tensor, fp: Tensor) -> None:
+    _check_equal_shapes("logits", q, fp)
+    for name, logits in (("q_logits", q), ("fp_logits", fp)):
+        if not logits.numel():
+            continue
+        highest = logits.amax(-1)  # NaN if there is one
+        bad = highest[~highest.isfinite()]
+        if bad.numel():
+            raise ValueError(
+                f"{name}: {bad.numel()} tokens have {bad[0].item()} as highest logit; "
+                "allowed are finite numbers, and -inf for some but not all entries; "
+                "look for inf or NaN in the model's weights or inputs"
+            )
 
 
 def _check_equal_shapes(name: str, q: Tensor, fp: Tensor) -> None:
