@@ -7,6 +7,7 @@ import reference
 from vsraq import losses
 from vsraq.losses import (
     MarginLoss,
+    MSEKLLoss,
     PairwiseMarginLoss,
     RankedLogits,
     RankLoss,
@@ -43,6 +44,8 @@ CASES = [
     ("pairwise_margin_loss", {"top_k": 1, "boundary": 1}, 2),
     ("router_kl", {}, E),
     ("router_kl", {"top_m": 4}, 4),
+    ("mse_kl", {}, E),
+    ("mse_kl", {"kl_weight": 0.3, "top_m": 4}, E),
     ("vsraq_loss", {"top_k": K}, K + 1),
     ("vsraq_loss", {"top_k": 1, "alpha": 1.0, "boundary": 3}, 4),
     ("vsraq_loss", {"top_k": E, "rank_margin": 0.2, "margin_weight": 2.0}, E),
@@ -223,6 +226,7 @@ MODULES = [
     (MarginLoss(K, boundary=2), "margin_loss", {"top_k": K, "boundary": 2}),
     (PairwiseMarginLoss(K), "pairwise_margin_loss", {"top_k": K}),
     (RouterKLLoss(top_m=5), "router_kl", {"top_m": 5}),
+    (MSEKLLoss(kl_weight=0.5), "mse_kl", {"kl_weight": 0.5}),
     (SRALoss(K), "topk_mse", {"top_k": K, "multiplier": 3}),
     (VSRAQLoss(K), "vsraq_loss", {"top_k": K}),
 ]
@@ -260,6 +264,7 @@ BAD_VALUES = [
     ("pairwise_margin_loss", {"top_k": E + 1}, rf"top_k={E + 1}"),
     ("router_kl", {"top_m": 0}, r"top_m=0"),
     ("router_kl", {"top_m": E + 1}, rf"top_m={E + 1}: allowed is 1 to num_experts={E}"),
+    ("mse_kl", {"kl_weight": -1.0}, r"kl_weight=-1.0: .* >= 0"),
     ("vsraq_loss", {"top_k": K, "alpha": 1.5}, r"alpha=1.5: allowed is .* 0 to 1"),
     ("vsraq_loss", {"top_k": K, "alpha": math.nan}, r"alpha=nan"),
     ("vsraq_loss", {"top_k": K, "rank_weight": "1"}, r"rank_weight='1'"),

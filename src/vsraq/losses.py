@@ -276,6 +276,39 @@ def router_kl(
     return F.kl_div(q_log_p, fp_log_p, reduction="none", log_target=True).sum(-1)
 
 
+def mse_kl(
+    q_logits: Tensor,
+    fp_logits: FpLogits,
+    *,
+    kl_weight: float = 1.0,
+    top_m: int | None = None,
+) -> Tensor:
+    """Squared logit error over all experts plus `router_kl` (EAQuant).
+
+    (1/E) sum_i (zq_i - zf_i)^2 + kl_weight KL(softmax(zf) || softmax(zq)). EAQuant
+    (arXiv:2506.13329) adds both without a weight to score a candidate of the router's
+    own scale; here the sum is a loss per token. It takes the KL over the fp top-m.
+
+    Args:
+        q_logits: Quantized router logits, (..., E).
+        fp_logits: Full-precision router logits, (..., E), or all ranks.
+        kl_weight: Weight of the KL, logits squared per nat, >= 0.
+        top_m: Experts of the KL, as in `router_kl`; None takes all.
+
+    Returns:
+        (...), >= 0, zero where the logits agree.
+
+    Raises:
+        ValueError: A shape or a hyper-parameter is not allowed.
+    """
+    check_hyperparameters(kl_weight=kl_weight, top_m=top_m)
+    if isinstance(fp_logits, Tensor):  # sort once for both terms
+        _check_shapes(q_logits, fp_logits)
+        fp_logits = rank_logits(fp_logits)
+    mse = topk_mse(q_logits, fp_logits, top_k=1, multiplier="all")
+    return mse + kl_weight * router_kl(q_logits, fp_logits, top_m=top_m)
+
+
 def input_mse(q_inputs: Tensor, fp_inputs: Tensor) -> Tensor:
     """Squared error of the router's input, the normalized hidden states.
 
@@ -467,6 +500,13 @@ class RouterKLLoss(RouterLoss):
         super().__init__(router_kl, top_m=top_m)
 
 
+class MSEKLLoss(RouterLoss):
+    """`mse_kl` as a module (EAQuant)."""
+
+    def __init__(self, kl_weight: float = 1.0, top_m: int | None = None) -> None:
+        super().__init__(mse_kl, kl_weight=kl_weight, top_m=top_m)
+
+
 class SRALoss(RouterLoss):
     """Top-3K MSE over the selected tokens (SRA Eq. 8-9); its mask is required."""
 
@@ -554,6 +594,7 @@ _ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha": (lambda v: _is_finite(v) and 0 <= v <= 1, "a number from 0 to 1"),
     "gamma": _NOT_NEGATIVE,
     "eps": _NOT_NEGATIVE,
+    "kl_weight": _NOT_NEGATIVE,
     "margin": _FINITE,
     "rank_margin": _FINITE,
     "rank_weight": _NOT_NEGATIVE,

@@ -21,6 +21,7 @@ from vsraq.losses import (
     check_hyperparameters,
     input_mse,
     margin_loss,
+    mse_kl,
     multiplied_ranks,
     pairwise_margin_loss,
     rank_logits,
@@ -159,11 +160,16 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
             Objective("vsraq", vsraq_loss, {}, _near_boundary),
             Objective("topk_mse", topk_mse, {"multiplier": 1}, _multiplied),
             Objective("top3k_mse", topk_mse, {"multiplier": 3}, _multiplied),
+            Objective("top2k_mse", topk_mse, {"multiplier": 2}, _multiplied),
+            Objective("full_mse", topk_mse, {"multiplier": "all"}, _multiplied),
+            # uniform router alignment, what SRA is compared with
+            Objective("ra", topk_mse, {"multiplier": 3}, _multiplied),
             Objective("sigmoid_aware_mse", sigmoid_aware_mse, {}, _top_k_ranks),
             Objective("rank", rank_loss, {}, _top_k_ranks),
             Objective("margin", margin_loss, {}, _near_boundary),
             Objective("pairwise_margin", pairwise_margin_loss, {}, _near_boundary),
             Objective("router_kl", router_kl, {}, _top_m_ranks),
+            Objective("mse_kl", mse_kl),
             Objective("input_mse", input_mse, compares="inputs"),
         )
     }
