@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which calibration tokens a router is aligned on: those whose output changed.
+
+M(x) = 1[Sampled-JSD(x) > tau] (Selective Router Alignment, SRA, Eq. 7), computed once
+before tuning from the outputs of the full-precision and the rounded-to-nearest model.
+This file turns hidden states into the mask and keeps it; who computes the hidden
+states, and how, is not its concern.
+
+Shapes: T tokens, S tokens of one sample, H hidden width, V vocabulary.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vsraq.metrics import check_sampling, sampled_jsd
+from vsraq.output_head import OutputHead
+
+_FORMAT = "vsraq token mask 1"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the model's next tokens are sampled; decides what counts as its output.
+
+    Attributes:
+        temperature: What the logits are divided by, > 0.
+        top_k: Candidates at most; 0 or None takes the whole vocabulary.
+        top_p: Probability that the candidates hold, above 0 to 1; None takes all.
+
+    Raises:
+        ValueError: One is not allowed.
+    """
+
+    temperature: float = 0.6
+    top_k: int | None = 20
+    top_p: float | None = 0.95
+
+    def __post_init__(self) -> None:
+        check_sampling(**asdict(self))
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """The sampling that a model's publisher recommends, where there is one.
+
+        Each of the three values that the model's `generation_config` sets counts, if it
+        also sets `do_sample`. Values that it leaves open keep the defaults of this
+        class, not those that transformers would fill in (1.0, 50, 1.0).
+
+        Args:
+            model: A transformers model; one without `generation_config` gives the
+                defaults.
+
+        Raises:
+            ValueError: A value of the `generation_config` is not allowed.
+        """
+        config = getattr(model, "generation_config", None)
+        if getattr(config, "do_sample", None) is not True:
+            return cls()
+        names = ("temperature", "top_k", "top_p")
+        values = {name: getattr(config, name, None) for name in names}
+        return cls(**{n: v for n, v in values.items() if v is not None})
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMask:
+    """Which tokens of each calibration sample are selected.
+
+    Attributes:
+        masks: One per sample, bool, (S,); samples may differ in length.
+        hashes: SHA-256 of the token ids of each sample.
+        model: What the mask was made for.
+        scheme: The quantization scheme whose rounding was compared.
+        tau: Tokens are selected whose Sampled-JSD is above it, nats.
+        shift_threshold: And whose mean routing shift is above this one, a fraction;
+            None did not look at the routing.
+        sampling: How outputs were sampled.
+        vsraq: Version that made it.
+
+    Raises:
+        ValueError: There are not as many masks as hashes, or one is not a bool vector.
+    """
+
+    masks: tuple[Tensor, ...]
+    hashes: tuple[str, ...]
+    model: str
+    scheme: str
+    tau: float
+    shift_threshold: float | None
+    sampling: Sampling
+    vsraq: str
+
+    def __post_init__(self) -> None:
+        if len(self.masks) != len(self.hashes) or not self.masks:
+            raise ValueError(
+                f"masks of {len(self.masks)} samples and hashes of {len(self.hashes)}: "
+                "allowed is one of each per sample, and at least one sample"
+            )
+        for index, mask in enumerate(self.masks):
+            if mask.dtype != torch.bool or mask.ndim != 1:
+                raise ValueError(
+                    f"masks[{index}] is {mask.dtype} of shape {tuple(mask.shape)}: "
+                    "allowed is torch.bool of shape (tokens,)"
+                )
+
+    @classmethod
+    def of(
+        cls, masks: Sequence[Tensor], token_ids: Sequence[Tensor], **origin: Any
+    ) -> Self:
+        """A mask bound to the tokens that it was computed from.
+
+        Args:
+            masks: One per sample, bool, S elements each.
+            token_ids: The ids of the same samples, S elements each.
+            **origin: `model`, `scheme`, `tau`, `shift_threshold` and `sampling`.
+
+        Raises:
+            ValueError: Masks and token ids differ in number or length.
+        """
+        lengths = [mask.numel() for mask in masks]
+        tokens = [ids.numel() for ids in token_ids]
+        if lengths != tokens:
+            at = next(
+                (
+                    i
+                    for i, (a, b) in enumerate(zip(lengths, tokens, strict=False))
+                    if a != b
+                ),
+                min(len(lengths), len(tokens)),
+            )
+            raise ValueError(
+                f"masks of {len(masks)} samples and token_ids of {len(token_ids)}, the "
+                f"first difference at sample {at}: allowed are as many, of equal "
+                "lengths"
+            )
+        return cls(
+            masks=tuple(mask.detach().flatten().cpu() for mask in masks),
+            hashes=tuple(hash_tokens(ids) for ids in token_ids),
+            vsraq=version("vsraq"),
+            **origin,
+        )
+
+    @property
+    def selected(self) -> int:
+        """How many tokens are selected."""
+        return sum(int(mask.sum()) for mask in self.masks)
+
+    @property
+    def total(self) -> int:
+        """How many tokens there are."""
+        return sum(mask.numel() for mask in self.masks)
+
+    @property
+    def share(self) -> float:
+        """Selected tokens, as a fraction of all."""
+        return self.selected / max(self.total, 1)
+
+    def of_samples(self, samples: Sequence[int]) -> Tensor:
+        """The masks of some samples behind each other, bool, (T,)."""
+        return torch.cat([self.masks[i] for i in samples])
+
+    def warning(self) -> str | None:
+        """What is unusual about the share of selected tokens, None if nothing is."""
+        if 0.01 <= self.share <= 0.99:
+            return None
+        if self.share < 0.01:
+            meaning = "hardly any token counts for the routers"
+            remedy = "lower the thresholds, or calibrate on other text"
+        else:
+            meaning = "nearly every token counts for the routers"
+            remedy = "raise tau, or align on all tokens with a plain objective"
+        return (
+            f"{self.selected} of {self.total} tokens ({self.share:.2%}) are selected "
+            f"with tau={self.tau:g} and shift_threshold={self.shift_threshold}: "
+            f"{meaning}; {remedy}"
+        )
+
+    def check(self, token_ids: Sequence[Tensor]) -> None:
+        """Refuse tokens other than those that the mask was computed from.
+
+        Args:
+            token_ids: The ids of each calibration sample, S elements each.
+
+        Raises:
+            ValueError: A sample differs; the first one is named.
+        """
+        remedy = (
+            "use the calibration data (dataset, nsamples, seqlen, seed, tokenizer) "
+            "that it was made with, or make a new mask"
+        )
+        for index, ids in enumerate(token_ids[: len(self.masks)]):
+            tokens, actual = self.masks[index].numel(), hash_tokens(ids)
+            if actual != self.hashes[index]:
+                raise ValueError(
+                    f"token mask: calibration sample {index} has {ids.numel()} tokens "
+                    f"with hash {actual[:12]}, the mask was made for {tokens} with "
+                    f"hash {self.hashes[index][:12]}; {remedy}"
+                )
+        if len(token_ids) != len(self.masks):
+            raise ValueError(
+                f"token mask: it was made for {len(self.masks)} calibration samples, "
+                f"this run has {len(token_ids)}, the same as far as they go; {remedy}"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write the mask as one safetensors file, completely or not at all.
+
+        Args:
+            path: The file; its folder must exist.
+        """
+        path = Path(path)
+        tensors = {
+            "selected": torch.cat(self.masks),
+            "lengths": torch.tensor([mask.numel() for mask in self.masks]),
+        }
+        metadata = {
+            "format": _FORMAT,
+            "model": self.model,
+            "scheme": self.scheme,
+            "tau": repr(self.tau),
+            "shift_threshold": json.dumps(self.shift_threshold),
+            "sampling": json.dumps(asdict(self.sampling)),
+            "vsraq": self.vsraq,
+            "hashes": json.dumps(self.hashes),
+        }
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            save_file(tensors, temporary, metadata)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` has written.
+
+        Args:
+            path: The file.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is no token mask.
+        """
+        refused = (
+            f"token mask {str(path)!r}: not a mask of this version; allowed is a file "
+            "that TokenMask.save has written, so make a new one"
+        )
+        try:
+            with safe_open(path, framework="pt") as file:
+                found = file.metadata() or {}
+                if found.get("format") != _FORMAT:
+                    raise ValueError(f"{refused} (format={found.get('format')!r})")
+                selected = file.get_tensor("selected")
+                lengths = file.get_tensor("lengths").tolist()
+        except SafetensorError as error:
+            raise ValueError(f"{refused} ({error})") from error
+        return cls(
+            masks=tuple(mask.clone() for mask in selected.split(lengths)),
+            hashes=tuple(json.loads(found["hashes"])),
+            model=found["model"],
+            scheme=found["scheme"],
+            tau=float(found["tau"]),
+            shift_threshold=json.loads(found["shift_threshold"]),
+            sampling=Sampling(**json.loads(found["sampling"])),
+            vsraq=found["vsraq"],
+        )
+
+
+def hash_tokens(token_ids: Tensor) -> str:
+    """SHA-256 of token ids as little-endian 64-bit integers, in order; shape is none.
+
+    Args:
+        token_ids: Any integer tensor.
+    """
+    ids = token_ids.detach().flatten().cpu().to(torch.int64)
+    return hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
+
+
+@torch.no_grad()
+def output_shift(
+    q_hidden: Sequence[Tensor],
+    fp_hidden: Sequence[Tensor],
+    head: OutputHead,
+    *,
+    q_head: OutputHead | None = None,
+    sampling: Sampling | None = None,
+    chunk_tokens: int = 1024,
+) -> list[Tensor]:
+    """Sampled-JSD of every token, from the hidden states behind the last block.
+
+    Peak memory besides the arguments: the logits of one chunk on both paths, 2 *
+    chunk_tokens * V values in the dtype of `head`, and what `head` itself takes. T * V
+    never exists. 1024 tokens and V = 200k in bfloat16 are 0.8 GB.
+
+    Args:
+        q_hidden: Hidden states of the quantized path, one tensor per sample,
+            (..., S, H).
+        fp_hidden: The same in full precision.
+        head: Hidden states (n, H) to logits (n, V), of the full-precision model.
+        q_head: That of the quantized model, if its output projection is quantized too;
+            None takes `head`.
+        sampling: How outputs are sampled; None takes the defaults.
+        chunk_tokens: How many tokens go through the heads at once.
+
+    Returns:
+        One tensor per sample, float32 on the CPU, (S,), nats.
+
+    Raises:
+        ValueError: The paths differ in samples or tokens, or `chunk_tokens` is not
+            allowed.
+    """
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens={chunk_tokens}: allowed is a positive int")
+    if [h.shape for h in q_hidden] != [h.shape for h in fp_hidden]:
+        raise ValueError(
+            f"q_hidden has {len(q_hidden)} samples and fp_hidden {len(fp_hidden)}, or "
+            "their shapes differ: allowed are equal ones"
+        )
+    values = asdict(sampling or Sampling())
+    shifts = []
+    for q, fp in zip(q_hidden, fp_hidden, strict=True):
+        chunks = zip(
+            q.reshape(-1, q.shape[-1]).split(chunk_tokens),
+            fp.reshape(-1, fp.shape[-1]).split(chunk_tokens),
+            strict=True,
+        )
+        shifts.append(
+            torch.cat(
+                [
+                    sampled_jsd((q_head or head)(a), head(b), **values).cpu()
+                    for a, b in chunks
+                ]
+            )
+        )
+    return shifts
