@@ -8,7 +8,6 @@ router" of DREAM-MoE). The following blocks get the arguments that AutoRound has
 for its blocks, the same that it will run them with when their turn comes.
 """
 
-import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,10 +16,10 @@ from auto_round.algorithms.block_runner import BlockForwardRunner
 from auto_round.compressors.utils import block_forward
 from auto_round.utils import convert_module_to_hp_if_necessary
 from auto_round.utils.model import to_device
-from auto_round.utils.offload import OffloadManager, load_block_from_model_files
-from safetensors import safe_open
+from auto_round.utils.offload import OffloadManager
 from torch import Tensor, nn
 
+from vsraq.autoround.block_copy import copy_block
 from vsraq.capture import router_input
 from vsraq.routers import (
     Compared,
@@ -164,21 +163,11 @@ def load_without_experts(
         RuntimeError: Tensors are neither in memory nor on disk.
     """
     block = model.get_submodule(name)
-    # What is in memo, deepcopy takes instead of a copy.
-    memo: dict[int, Any] = {
+    experts = {
         id(block.get_submodule(experts)): _NotLoaded(f"{name}.{experts}")
         for experts in expert_containers(block, routers_inside(routers, name))
     }
-    for parameter in block.parameters():
-        alias = nn.Parameter(parameter.detach(), requires_grad=False)
-        memo[id(parameter)] = alias
-    for buffer in block.buffers():
-        memo[id(buffer)] = buffer.detach()
-    loaded: nn.Module = copy.deepcopy(block, memo)
-    missing = _missing(loaded)
-    if missing:
-        _read(loaded, name, missing, offloader)
-        missing = _missing(loaded)
+    loaded, missing = copy_block(model, name, offloader, experts)
     if missing:
         raise RuntimeError(
             f"block {name}: {', '.join(missing)} are neither in memory nor on disk, so "
@@ -187,31 +176,3 @@ def load_without_experts(
         )
     convert_module_to_hp_if_necessary(loaded, dtype, device)
     return loaded.to(device).eval()
-
-
-def _missing(module: nn.Module) -> list[str]:
-    """Tensors that AutoRound keeps on disk: on meta, or emptied."""
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    return [name for name, t in tensors if t.is_meta or t.numel() == 0]
-
-
-def _read(
-    loaded: nn.Module, name: str, missing: Sequence[str], offloader: OffloadManager
-) -> None:
-    saved = offloader._saved.get(name)
-    if saved is None:
-        if offloader.model_dir is not None:  # still as it lies in its checkpoint
-            load_block_from_model_files(offloader.model_dir, name, loaded)
-        return
-    with safe_open(saved["save_path"], framework="pt") as file:
-        saved_names = set(file.keys())
-        for tensor_name in missing:
-            if tensor_name not in saved_names:
-                continue
-            owner_name, _, attribute = tensor_name.rpartition(".")
-            owner = loaded.get_submodule(owner_name)
-            tensor = file.get_tensor(tensor_name)
-            if attribute in owner._buffers:
-                owner._buffers[attribute] = tensor
-            else:
-                setattr(owner, attribute, nn.Parameter(tensor, requires_grad=False))
