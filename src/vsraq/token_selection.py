@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from vsraq.metrics import check_sampling, sampled_jsd
 from vsraq.output_head import OutputHead
@@ -53,10 +54,6 @@ class Sampling:
     def of(cls, model: nn.Module) -> Self:
         """The sampling that a model's publisher recommends, where there is one.
 
-        Each of the three values that the model's `generation_config` sets counts, if it
-        also sets `do_sample`. Values that it leaves open keep the defaults of this
-        class, not those that transformers would fill in (1.0, 50, 1.0).
-
         Args:
             model: A transformers model; one without `generation_config` gives the
                 defaults.
@@ -64,7 +61,16 @@ class Sampling:
         Raises:
             ValueError: A value of the `generation_config` is not allowed.
         """
-        config = getattr(model, "generation_config", None)
+        return cls.of_config(getattr(model, "generation_config", None))
+
+    @classmethod
+    def of_config(cls, config: GenerationConfig | None) -> Self:
+        """The same from the `generation_config` itself.
+
+        Each of the three values that it sets counts, if it also sets `do_sample`.
+        Values that it leaves open keep the defaults of this class, not those that
+        transformers would fill in (1.0, 50, 1.0).
+        """
         if getattr(config, "do_sample", None) is not True:
             return cls()
         names = ("temperature", "top_k", "top_p")

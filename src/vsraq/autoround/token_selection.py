@@ -1,0 +1,473 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Select tokens with AutoRound's own blocks, layers, rounding and calibration inputs.
+
+The full-precision model and the same model rounded to nearest (the run's scheme, no
+tuning) go through the calibration samples block by block, one block in memory at a
+time: copy the block, run it in full precision, round the copy, run it again on the
+rounded path, drop it. So every block is run twice, the model is not touched, and no
+random number is drawn.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from auto_round.algorithms.block_runner import BlockForwardRunner
+from auto_round.algorithms.composer import AlgorithmComposer
+from auto_round.calibration.inputs import preprocess_block_inputs
+from auto_round.calibration.utils import _update_inputs
+from auto_round.compressors.utils import is_nv_fp
+from auto_round.data_type.utils import update_block_global_scale_if_needed
+from auto_round.utils import (
+    SUPPORTED_LAYER_TYPES,
+    check_to_quantized,
+    clear_memory,
+    convert_module_to_hp_if_necessary,
+    get_block_names,
+    set_amax_for_all_moe_layers,
+    set_module,
+)
+from auto_round.utils.device_manager import device_manager
+from auto_round.wrapper import WrapperLinear
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
+
+from vsraq.autoround.block_copy import copy_block, split_experts
+from vsraq.capture import RouterCapture
+from vsraq.metrics import routing_shift
+from vsraq.output_head import OutputHead, output_head
+from vsraq.routers import Router, declared_router_classes, find_routers, select_experts
+from vsraq.token_selection import Sampling, TokenMask, output_shift
+
+
+class TokenRecorder:
+    """Keeps the token ids of the calibration samples.
+
+    AutoRound hands them on only with the first block, and with -100 at padding and at
+    last positions. So they are read where the model reads them, at its input embedding.
+
+    Open it before AutoRound collects the blocks' inputs; `take` closes it.
+
+    Args:
+        model: The model that calibration runs.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._token_ids: list[Tensor] = []
+        embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+        self._handle = embedding.register_forward_pre_hook(self._keep)
+
+    def _keep(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        self._token_ids += args[0].detach().cpu().split(1)
+
+    def take(self) -> list[Tensor]:
+        """The ids of every sample so far, (1, S) each, in order; closes the recorder.
+
+        Raises:
+            RuntimeError: No sample went through the embedding.
+        """
+        self.close()
+        if not self._token_ids:
+            raise RuntimeError(
+                "TokenRecorder has seen no calibration sample: open it before "
+                "AutoRound collects block inputs (bind), take() behind that "
+                "(prepare_run)"
+            )
+        taken, self._token_ids = self._token_ids, []
+        return taken
+
+    def close(self) -> None:
+        """Remove the hook; safe to call twice."""
+        self._handle.remove()
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Selected tokens, and what it took.
+
+    Attributes:
+        mask: The mask.
+        seconds: Wall-clock time.
+    """
+
+    mask: TokenMask
+    seconds: float
+
+    def __str__(self) -> str:
+        mask = self.mask
+        return (
+            f"selected {mask.selected} of {mask.total} tokens ({mask.share:.1%}) with "
+            f"tau={mask.tau:g}, shift_threshold={mask.shift_threshold}, "
+            f"{mask.sampling}, in {self.seconds:.1f} s"
+        )
+
+
+@torch.no_grad()
+def select_tokens(
+    orchestrator: Any,
+    composer: AlgorithmComposer,
+    token_ids: Sequence[Tensor],
+    *,
+    tau: float = 1e-4,
+    shift_threshold: float | None = None,
+    sampling: Sampling | None = None,
+    chunk_tokens: int = 1024,
+) -> Selection:
+    """Compute the token mask of a run that AutoRound has prepared.
+
+    To be called from a quantizer's `prepare_run`: block inputs are cached then, and no
+    block is tuned. Neither they, the model nor a random state is changed.
+
+    The rounded model is the one that AutoRound's `rtn` without search makes: weights
+    rounded to nearest in each layer's own scheme, and activations where that quantizes
+    them, with scales from the full-precision pass; layers in full precision stay so.
+    Transforms that the run would still apply block by block (AWQ, a layer-wise
+    rotation) are not in it.
+
+    Time: two passes of all blocks and two of the output head. Memory beyond one block
+    (for a model in memory: beyond it and its rounded weights): the hidden states of
+    both paths on the cache device, 2 T H values, and `output_shift`'s one chunk.
+
+    Args:
+        orchestrator: AutoRound's, with its block inputs collected.
+        composer: AutoRound's, which `prepare_run` is called with.
+        token_ids: What the samples are, from `TokenRecorder`; (1, S) each.
+        tau: Select tokens whose Sampled-JSD is above it, nats (SRA Eq. 7).
+        shift_threshold: And whose routing shift, mean over the MoE layers, is above it,
+            a fraction (SRA Table 4); None does not look at the routing.
+        sampling: How outputs are sampled; None takes that of the model's
+            `generation_config`, from its folder where AutoRound has been given one.
+        chunk_tokens: How many tokens' logits exist at once, on each path.
+
+    Returns:
+        The mask and the time.
+
+    Raises:
+        ValueError: A threshold is not allowed, the token ids do not fit, or the routing
+            is asked for in a model without routers.
+        NotImplementedError: The model has several stacks of blocks, or its forward
+            takes no `inputs_embeds`.
+        RuntimeError: A tensor is neither in memory nor on disk, or outputs are not
+            finite.
+    """
+    started = time.perf_counter()
+    _check_thresholds(tau, shift_threshold)
+    run = _Run.of(orchestrator, composer)
+    samples, others = run.inputs(run.blocks[0])
+    if len(token_ids) != len(samples):
+        raise ValueError(
+            f"token_ids of {len(token_ids)} samples: AutoRound has cached "
+            f"{len(samples)}; allowed are the ids of exactly these"
+        )
+    wants_routing = shift_threshold is not None
+    shift = _MeanShift() if wants_routing else None
+    fp_states = q_states = samples
+    returns_tuple = False
+    with torch.compiler.set_stance("force_eager"):
+        for name in tqdm(run.blocks, desc="Selecting tokens"):
+            if run.orchestrator.has_variable_block_shape:
+                _, others = run.inputs(name)
+            block = run.load(name, fp_states, others)
+            routers = run.routers_of(block) if wants_routing else ()
+            with run.activation_ranges(block), _output_kind(block) as kinds:
+                fp_states, fp_chosen = run.forward(block, fp_states, others, routers)
+            returns_tuple = kinds[-1] is not Tensor and issubclass(kinds[-1], tuple)
+            run.round_to_nearest(name, block)
+            q_states, q_chosen = run.forward(block, q_states, others, routers)
+            if shift is not None:
+                shift.update(q_chosen, fp_chosen)
+            del block
+            clear_memory(device_list=device_manager.device_list)
+        sampling = sampling or run.sampling()
+        with (
+            output_head(
+                run.model,
+                run.blocks,
+                device=run.runner.device,
+                autocast=run.runner.amp_dtype if run.runner.amp else None,
+                returns_tuple=returns_tuple,
+            ) as head,
+            run.rounded_head(head) as q_head,
+        ):
+            changes = output_shift(
+                _hidden_states(q_states),
+                _hidden_states(fp_states),
+                head,
+                q_head=q_head,
+                sampling=sampling,
+                chunk_tokens=chunk_tokens,
+            )
+    masks = [change > tau for change in changes]
+    if shift is not None and shift_threshold is not None:
+        moved = shift.compute() > shift_threshold
+        lengths = [len(mask) for mask in masks]
+        masks = [m & s for m, s in zip(masks, moved.split(lengths), strict=True)]
+    mask = TokenMask.of(
+        masks,
+        token_ids,
+        model=run.model_name,
+        scheme=str(orchestrator.scheme),
+        tau=tau,
+        shift_threshold=shift_threshold,
+        sampling=sampling,
+    )
+    return Selection(mask, time.perf_counter() - started)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What of a prepared run the selection needs."""
+
+    orchestrator: Any
+    composer: AlgorithmComposer
+    model: nn.Module
+    runner: BlockForwardRunner
+    blocks: list[str]
+    router_classes: tuple[type, ...]
+
+    @classmethod
+    def of(cls, orchestrator: Any, composer: AlgorithmComposer) -> "_Run":
+        model = composer.block_quantizer.model
+        groups = orchestrator.quant_block_list or get_block_names(model)
+        if len(groups) != 1:
+            raise NotImplementedError(
+                f"model={type(model).__name__}: it has {len(groups)} stacks of blocks "
+                f"to quantize ({', '.join(g[0] for g in groups)}); allowed is one, the "
+                "decoder of a language model, so name it with to_quant_block_names"
+            )
+        first = groups[0][0]
+        # the whole stack: blocks behind the quantized ones shape the output too
+        stack = next((g for g in get_block_names(model) if first in g), groups[0])
+        return cls(
+            orchestrator,
+            composer,
+            model,
+            composer.block_forward,
+            stack[stack.index(first) :],
+            declared_router_classes(model),
+        )
+
+    @property
+    def model_name(self) -> str:
+        config = getattr(self.model, "config", None)
+        return getattr(config, "_name_or_path", "") or type(self.model).__name__
+
+    def sampling(self) -> Sampling:
+        """The model's own; AutoRound does not load it when it streams a model."""
+        context = self.composer.block_quantizer.model_context
+        folder = context.disk_stream_model_dir
+        if folder is not None and Path(folder, GENERATION_CONFIG_NAME).is_file():
+            return Sampling.of_config(GenerationConfig.from_pretrained(folder))
+        return Sampling.of(self.model)
+
+    def inputs(self, name: str) -> tuple[Any, dict[str, Any]]:
+        """Hidden states and other arguments of a block, the cached ones left alone."""
+        cached = {
+            # AutoRound's function takes the mapping and its lists apart
+            key: list(value) if isinstance(value, list) else value
+            for key, value in self.orchestrator.inputs[name].items()
+        }
+        cached, _ = _update_inputs(cached, None)
+        quantizer = self.composer.block_quantizer
+        return preprocess_block_inputs(
+            cached,
+            model_context=quantizer.model_context,
+            compress_context=quantizer.compress_context,
+        )
+
+    def load(self, name: str, states: Any, others: dict[str, Any]) -> nn.Module:
+        """A copy of a block in full precision, on its device."""
+        split_experts(self.model.get_submodule(name))
+        offloader = self.orchestrator._offloader
+        block, missing = copy_block(self.model, name, offloader)
+        if missing:
+            raise RuntimeError(
+                f"block {name}: {', '.join(missing)} are neither in memory nor on "
+                "disk, so tokens cannot be selected; load the model into memory before "
+                "AutoRound gets it, or pass a mask made elsewhere"
+            )
+        dtype = self.composer.block_quantizer.model_context.amp_dtype
+        convert_module_to_hp_if_necessary(block, dtype, device_manager.device)
+        return self.composer.dispatch_block(block, states, others).eval()
+
+    def routers_of(self, block: nn.Module) -> tuple[Router, ...]:
+        return find_routers(block, router_classes=self.router_classes)
+
+    def forward(
+        self,
+        block: nn.Module,
+        states: Any,
+        others: dict[str, Any],
+        routers: Sequence[Router],
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Run all samples: the next block's inputs, and experts by router, (T, K)."""
+
+        def choose(router: Router, logits: Tensor) -> Tensor:
+            bias = None
+            if router.correction_bias is not None:
+                bias = getattr(block.get_submodule(router.name), router.correction_bias)
+            chosen = select_experts(router, logits, bias)
+            return chosen.to(self.runner.cache_device, torch.int16)
+
+        chosen = {}
+        with ExitStack() as stack:
+            capture = None
+            if routers:
+                capture = RouterCapture(block, routers, choose)
+                stack.enter_context(capture)
+            output = self.runner.forward(block, states, others)
+            # blocks that hand on more than their hidden states
+            output = self.runner.last_output_dict or output
+            if capture is not None:
+                chosen = {n: torch.cat(kept) for n, kept in capture.take().items()}
+        return output, chosen
+
+    @contextmanager
+    def activation_ranges(self, block: nn.Module) -> Iterator[None]:
+        """Collect what static activation scales need, as AutoRound's RTN does."""
+        handles = self.composer._register_act_max_hooks(block)
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def round_to_nearest(self, name: str, block: nn.Module) -> None:
+        """Turn the copy into what AutoRound's RTN makes of the block."""
+        scheme = self.composer.scheme
+        act_dynamic = scheme.act_dynamic is None or scheme.act_dynamic
+        if scheme.act_data_type is not None or not act_dynamic:
+            if is_nv_fp(scheme.act_data_type) or not act_dynamic:
+                set_amax_for_all_moe_layers(block, attr_name="act_max")
+            update_block_global_scale_if_needed(
+                block, scheme.data_type, scheme.group_size
+            )
+        shared = {p.data_ptr() for p in self.model.get_submodule(name).parameters()}
+        for layer_name, layer in list(block.named_modules()):
+            if isinstance(layer, SUPPORTED_LAYER_TYPES) and check_to_quantized(layer):
+                if layer.weight.data_ptr() in shared:
+                    layer.weight = _own(layer.weight)
+                set_module(block, layer_name, _rounded(layer, self.runner.device))
+
+    @contextmanager
+    def rounded_head(self, head: OutputHead) -> Iterator[OutputHead]:
+        """The output head with those of its layers rounded that the run quantizes."""
+        inside = {
+            id(m)
+            for name in self.blocks
+            for m in self.model.get_submodule(name).modules()
+        }
+        rounded: dict[str, tuple[nn.Module, nn.Module]] = {}
+        for name, layer in self.model.named_modules():
+            if (
+                id(layer) not in inside
+                and isinstance(layer, SUPPORTED_LAYER_TYPES)
+                and check_to_quantized(layer)
+            ):
+                own = _copy_of(layer)
+                rounded[name] = (layer, _rounded(own, self.runner.device))
+        if not rounded:
+            yield head
+            return
+
+        def q_head(hidden_states: Tensor) -> Tensor:
+            try:
+                for name, (_, layer) in rounded.items():
+                    set_module(self.model, name, layer)
+                return head(hidden_states)
+            finally:
+                for name, (layer, _) in rounded.items():
+                    set_module(self.model, name, layer)
+
+        yield q_head
+
+
+class _MeanShift:
+    """Routing shift per token, mean over the MoE layers."""
+
+    def __init__(self) -> None:
+        self._total: Tensor | None = None
+        self._layers = 0
+
+    def update(
+        self, q_chosen: Mapping[str, Tensor], fp_chosen: Mapping[str, Tensor]
+    ) -> None:
+        for name, chosen in fp_chosen.items():
+            shift = routing_shift(q_chosen[name], chosen).cpu()
+            self._total = shift if self._total is None else self._total + shift
+            self._layers += 1
+
+    def compute(self) -> Tensor:
+        """(T,), a fraction.
+
+        Raises:
+            ValueError: No layer had a router.
+        """
+        if self._total is None:
+            raise ValueError(
+                "shift_threshold: no block of this model has a MoE router, so there is "
+                "no routing shift; allowed is None"
+            )
+        return self._total / self._layers
+
+
+def _check_thresholds(tau: float, shift_threshold: float | None) -> None:
+    if not 0 <= tau < float("inf"):
+        raise ValueError(f"tau={tau!r}: allowed is a finite number >= 0, in nats")
+    if shift_threshold is not None and not 0 <= shift_threshold < 1:
+        raise ValueError(
+            f"shift_threshold={shift_threshold!r}: allowed is a fraction from 0 to "
+            "below 1, or None"
+        )
+
+
+@contextmanager
+def _output_kind(block: nn.Module) -> Iterator[list[type]]:
+    """What a block returns: its hidden states, or a tuple that starts with them."""
+    kinds: list[type] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        kinds[:] = [type(output)]
+
+    handle = block.register_forward_hook(keep)
+    try:
+        yield kinds
+    finally:
+        handle.remove()
+
+
+def _hidden_states(states: Any) -> list[Tensor]:
+    return states["hidden_states"] if isinstance(states, dict) else states
+
+
+def _own(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight.detach().clone(), requires_grad=False)
+
+
+def _copy_of(layer: nn.Module) -> nn.Module:
+    """A layer with a weight of its own and everything else shared."""
+    copied: nn.Module = layer.__class__.__new__(layer.__class__)
+    copied.__dict__ = layer.__dict__ | {"_parameters": dict(layer._parameters)}
+    copied.weight = _own(layer.weight)  # type: ignore[arg-type]
+    return copied
+
+
+def _rounded(layer: nn.Module, device: torch.device | str) -> nn.Module:
+    """What AutoRound's RTN replaces a layer with; changes the layer."""
+    wrapper: Callable[..., Any] = WrapperLinear
+    return wrapper(
+        layer,
+        device=device,
+        enable_minmax_tuning=False,
+        enable_norm_bias_tuning=False,
+        enable_round_tuning=False,
+        enable_torch_compile=False,
+        disable_opt_rtn=True,
+        iters=0,
+    ).unwrapper({})
