@@ -66,7 +66,9 @@ def jsd(q_logits: Tensor, fp_logits: Tensor) -> Tensor:
     Raises:
         ValueError: The shapes differ, or logits are +inf, NaN or all -inf.
     """
-    _check_output_logits(q_logits, fp_logits)
+    _check_equal_shapes("logits", q_logits, fp_logits)
+    _check_highest("q_logits", q_logits.amax(-1))
+    _check_highest("fp_logits", fp_logits.amax(-1))
     return _jsd(q_logits.float().softmax(-1), fp_logits.float().softmax(-1))
 
 
@@ -103,9 +105,10 @@ def sampled_jsd(
             parameter is not allowed.
     """
     check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    _check_output_logits(q_logits, fp_logits)
-    q_index, q_p = _candidates(q_logits, temperature, top_k, top_p)
-    fp_index, fp_p = _candidates(fp_logits, temperature, top_k, top_p)
+    _check_equal_shapes("logits", q_logits, fp_logits)
+    sampling = (temperature, top_k, top_p)
+    q_index, q_p = _candidates("q_logits", q_logits, *sampling)
+    fp_index, fp_p = _candidates("fp_logits", fp_logits, *sampling)
     # The union without a V-sized tensor: behind each other, sorted by token, every
     # token stands at most twice, once per model and then in neighbouring places.
     index, order = torch.cat((q_index, fp_index), -1).sort(dim=-1, stable=True)
@@ -211,17 +214,22 @@ def check_sampling(
 
 
 def _candidates(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None
+    name: str,
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
 ) -> tuple[Tensor, Tensor]:
     """Tokens (..., m) and their probabilities, 0 for those that were filtered out."""
     vocabulary = logits.shape[-1]
     count = min(top_k or vocabulary, vocabulary)
     values, index = logits.topk(count, dim=-1)
-    if count < vocabulary:
+    _check_highest(name, values[..., 0])
+    if count < vocabulary and values.numel():
         lowest = values[..., -1:]
-        # -inf is no candidate; where fewer than k are finite, it is the lowest
-        at_least = ((logits >= lowest) & (logits > -math.inf)).sum(-1)
-        with_ties = int(at_least.max()) if at_least.numel() else 0
+        # clamped, because -inf is no candidate where fewer than k are finite
+        finite = lowest.clamp(min=torch.finfo(logits.dtype).min)
+        with_ties = int((logits >= finite).sum(-1).max())
         if with_ties > count:
             values, index = logits.topk(with_ties, dim=-1)
             values = values.masked_fill(values < lowest, -math.inf)
@@ -245,19 +253,15 @@ def _jsd(q: Tensor, fp: Tensor) -> Tensor:
     return (total * terms).sum(-1).div(4).clamp(0, math.log(2))
 
 
-def _check_output_logits(q: Tensor, fp: Tensor) -> None:
-    _check_equal_shapes("logits", q, fp)
-    for name, logits in (("q_logits", q), ("fp_logits", fp)):
-        if not logits.numel():
-            continue
-        highest = logits.amax(-1)  # NaN if there is one
-        bad = highest[~highest.isfinite()]
-        if bad.numel():
-            raise ValueError(
-                f"{name}: {bad.numel()} tokens have {bad[0].item()} as highest logit; "
-                "allowed are finite numbers, and -inf for some but not all entries; "
-                "look for inf or NaN in the model's weights or inputs"
-            )
+def _check_highest(name: str, highest: Tensor) -> None:
+    """Refuse logits that are no distribution; a NaN counts as the highest."""
+    bad = highest[~highest.isfinite()]
+    if bad.numel():
+        raise ValueError(
+            f"{name}: {bad.numel()} tokens have {bad[0].item()} as highest logit; "
+            "allowed are finite numbers, and -inf for some but not all entries; look "
+            "for inf or NaN in the model's weights or inputs"
+        )
 
 
 def _check_equal_shapes(name: str, q: Tensor, fp: Tensor) -> None:

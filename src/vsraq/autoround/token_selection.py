@@ -25,7 +25,6 @@ from auto_round.data_type.utils import update_block_global_scale_if_needed
 from auto_round.utils import (
     SUPPORTED_LAYER_TYPES,
     check_to_quantized,
-    clear_memory,
     convert_module_to_hp_if_necessary,
     get_block_names,
     set_amax_for_all_moe_layers,
@@ -182,8 +181,8 @@ def select_tokens(
             q_states, q_chosen = run.forward(block, q_states, others, routers)
             if shift is not None:
                 shift.update(q_chosen, fp_chosen)
-            del block
-            clear_memory(device_list=device_manager.device_list)
+            # its tensors go now; a cycle may keep the module itself for a while
+            block.to("meta")
         sampling = sampling or run.sampling()
         with (
             output_head(
