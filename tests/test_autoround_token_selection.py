@@ -1,6 +1,11 @@
 """Tokens selected inside real AutoRound runs, against whole models."""
 
+import json
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -314,6 +319,26 @@ def test_a_streamed_model_is_not_loaded(quantize, selecting, tmp_path, monkeypat
     monkeypatch.setattr(token_selection._Run, "load", spy)
     quantize(str(tiny.save("solar_open", tmp_path / "model")), plain())
     assert seen == ["model.layers.0", "model.layers.1"]
+
+
+def test_blocks_that_wait_on_disk_give_the_same_mask():
+    """AutoRound empties all blocks of a patched family before it prepares the run."""
+    script = Path(__file__).with_name("path_token_selection.py")
+    done = subprocess.run(
+        [sys.executable, script, "qwen3_moe"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "AR_DISABLE_META_LOAD": "1"},
+        check=False,
+    )
+    lines = [x for x in done.stdout.splitlines() if x.startswith("RESULT ")]
+    assert len(lines) == 2, (done.stdout + done.stderr)[-3000:]
+    kept, emptied = (json.loads(line.removeprefix("RESULT ")) for line in lines)
+    assert (kept["emptied"], emptied["emptied"]) == (False, True)
+    assert kept["untouched"]
+    assert emptied["untouched"]
+    assert kept["masks"] == emptied["masks"]
+    assert 0 < sum(map(sum, kept["masks"])) < 8 * tiny.SEQLEN
 
 
 # ── what it refuses ───────────────────────────────────────────────────────────
