@@ -19,8 +19,12 @@ from auto_round.algorithms.registry import (
     resolve_pipeline_member,
 )
 from auto_round.autoround import _normalize_alg_configs
+from auto_round.calibration.inputs import preprocess_block_inputs
+from auto_round.calibration.utils import _update_inputs
 from auto_round.compressors.orchestrator import CompressionOrchestrator
 from auto_round.compressors.utils import block_forward
+from auto_round.data_type.utils import update_block_global_scale_if_needed
+from auto_round.modeling.fused_moe.replace_modules import ReplacementModuleBase
 from auto_round.utils.offload import OffloadManager, load_block_from_model_files
 
 from vsraq import VSRAQConfig
@@ -177,3 +181,48 @@ def test_the_cached_arguments_can_be_adapted_before_the_first_block():
     assert run.index(cached) < run.index(prepare) < run.index("_quantize_blocks(")
     assert "has_variable_block_shape" in run
     assert isinstance(composer.AlgorithmComposer.has_layerwise_rotation, property)
+
+
+def test_what_the_token_selection_calls():
+    assert parameters(preprocess_block_inputs) == [
+        "inputs",
+        "model_context",
+        "compress_context",
+        "first_input_name",
+    ]
+    assert parameters(_update_inputs) == ["inputs", "q_inputs"]
+    assert parameters(update_block_global_scale_if_needed)[1:] == [
+        "data_type",
+        "group_size",
+    ]
+    composed = composer.AlgorithmComposer
+    assert parameters(composed._register_act_max_hooks) == ["block"]
+    assert parameters(composed.dispatch_block) == ["block", "input_ids", "input_others"]
+    assert parameters(ReplacementModuleBase.materialize_weights) == []
+    # the order that the copy of a block is rounded in, and how a layer is
+    block = inspect.getsource(composed.compress_block)
+    ranges, scales, tuned = (
+        block.index(call)
+        for call in (
+            "set_amax_for_all_moe_layers(block",
+            "update_block_global_scale_if_needed(block",
+            "self.block_quantizer.quantize_block(",
+        )
+    )
+    assert ranges < scales < tuned
+    rounding = inspect.getsource(BaseQuantizer._quantize_layer_via_rtn)
+    for argument in (
+        "enable_minmax_tuning=False",
+        "enable_norm_bias_tuning=False",
+        "enable_round_tuning=False",
+        "iters=0",
+    ):
+        assert argument in rounding
+    assert "layer.unwrapper({})" in rounding
+
+
+def test_token_ids_are_not_handed_to_prepare_run():
+    """Why a hook at the input embedding records them."""
+    run = inspect.getsource(CompressionOrchestrator._quantize_data_driven)
+    popped = run.index('input_ids_cache = all_inputs.pop("input_ids", None)')
+    assert popped < run.index("self.alg_composer.prepare_run()")
