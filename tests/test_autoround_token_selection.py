@@ -23,7 +23,7 @@ from vsraq.autoround.token_selection import TokenRecorder, select_tokens
 from vsraq.capture import RouterCapture
 from vsraq.checkpoint import load_model
 from vsraq.metrics import routing_shift, sampled_jsd
-from vsraq.routers import find_routers, select_experts
+from vsraq.routers import correction_bias, find_routers, select_experts
 from vsraq.token_selection import Sampling, hash_tokens, output_shift
 
 
@@ -64,9 +64,7 @@ def whole_model(model, samples, amp):
     logits, chosen = [], {router.name: [] for router in routers}
 
     def choose(router, values):
-        module = model.get_submodule(router.name)
-        bias = getattr(module, router.correction_bias or "", None)
-        return select_experts(router, values, bias)
+        return select_experts(router, values, correction_bias(model, router))
 
     for batch in torch.cat(samples).split(4):
         with (

@@ -41,7 +41,13 @@ from vsraq.autoround.block_copy import copy_block, split_experts
 from vsraq.capture import RouterCapture
 from vsraq.metrics import routing_shift
 from vsraq.output_head import OutputHead, output_head
-from vsraq.routers import Router, declared_router_classes, find_routers, select_experts
+from vsraq.routers import (
+    Router,
+    correction_bias,
+    declared_router_classes,
+    find_routers,
+    select_experts,
+)
 from vsraq.token_selection import Sampling, TokenMask, output_shift
 
 
@@ -308,10 +314,7 @@ class _Run:
         """Run all samples: the next block's inputs, and experts by router, (T, K)."""
 
         def choose(router: Router, logits: Tensor) -> Tensor:
-            bias = None
-            if router.correction_bias is not None:
-                bias = getattr(block.get_submodule(router.name), router.correction_bias)
-            chosen = select_experts(router, logits, bias)
+            chosen = select_experts(router, logits, correction_bias(block, router))
             return chosen.to(self.runner.cache_device, torch.int16)
 
         chosen = {}
