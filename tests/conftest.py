@@ -20,6 +20,14 @@ gc.collect()
 gc.freeze()
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--all-families",
+        action="store_true",
+        help="run every MoE family of transformers, not some of each kind",
+    )
+
+
 @pytest.fixture
 def vsraq_log():
     with tiny.LogLines() as messages:

@@ -29,7 +29,7 @@ from transformers.conversion_mapping import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
-from vsraq.routers import Router, find_routers
+from vsraq.routers import Router, count_experts, find_routers
 
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _FULL_PRECISION = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -620,7 +620,7 @@ def _check_experts(
             continue
         count += len(experts)
         expected = _projections(module, router).union(*experts.values())
-        for index in range(router.num_experts):
+        for index in range(count_experts(module, router)):
             missing = expected - experts.get(index, set())
             if missing:
                 faults.append(

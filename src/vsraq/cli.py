@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `vsraq demo | quantize | verify`."""
+"""The command line: `vsraq demo | quantize | verify | families`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
 
 from vsraq import __version__
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="its full-precision checkpoint: a folder, or a model id of the hub",
     )
+    commands.add_parser("families", help="what works for each MoE family")
     return parser
 
 
@@ -68,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _demo(arguments)
         if arguments.command == "quantize":
             return _quantize(arguments)
-        return _verify(arguments)
+        if arguments.command == "verify":
+            return _verify(arguments)
+        return _families()
     except (ValueError, FileNotFoundError) as error:
         print(f"vsraq: error: {error}", file=sys.stderr)
         return 1
@@ -98,6 +102,12 @@ def _verify(arguments: argparse.Namespace) -> int:
     from vsraq.checkpoint import verify
 
     print(verify(arguments.path, arguments.reference))
+    return 0
+
+
+def _families() -> int:
+    table = resources.files("vsraq").joinpath("families.md")
+    print(table.read_text(encoding="utf-8"), end="")
     return 0
 
 

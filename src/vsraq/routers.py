@@ -379,6 +379,22 @@ def expert_containers(module: nn.Module, routers: Iterable[Router]) -> tuple[str
     return tuple(names)
 
 
+def count_experts(module: nn.Module, router: Router) -> int:
+    """How many experts there are: not all that a router chooses may be one.
+
+    Args:
+        module: The module that the router was found in.
+        router: The router.
+
+    Returns:
+        Experts with weights; E if they are of a layout that is not recognised.
+    """
+    for name in expert_containers(module, [router]):
+        parent = module.get_submodule(name.rpartition(".")[0])
+        return _experts_beside(parent) or router.num_experts
+    return router.num_experts
+
+
 def _experts_beside(parent: nn.Module) -> int | None:
     """E, if direct children of `parent` hold experts."""
     for child in parent.children():

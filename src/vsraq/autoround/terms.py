@@ -42,7 +42,8 @@ class BlockTensors:
     @property
     def tokens(self) -> list[int]:
         """Tokens of each sample."""
-        return [output.numel() // output.shape[-1] for output in self.fp_outputs]
+        # some families have several streams of hidden states behind these two
+        return [output.shape[0] * output.shape[1] for output in self.fp_outputs]
 
     def batches(self, batch_size: int) -> list[list[int]]:
         """All samples in order, `batch_size` at a time."""
