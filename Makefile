@@ -5,13 +5,24 @@ STAMP := .venv/installed
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint bench-overhead bench-routing train-demo clean
+.PHONY: demo test test-families test-range lint families bench-overhead \
+    bench-routing train-demo clean
 
 demo: $(STAMP)
 	$(BIN)/vsraq demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# every MoE family, every scheme and option of AutoRound; `test` has some of each kind
+test-families: $(STAMP)
+	$(BIN)/python -m pytest --full tests/test_every_family.py
+
+test-range: $(STAMP)
+	$(BIN)/python -m pytest --full tests/test_autoround_range.py
+
+families: $(STAMP)
+	$(BIN)/python tests/family_table.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

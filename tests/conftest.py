@@ -22,9 +22,9 @@ gc.freeze()
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--all-families",
+        "--full",
         action="store_true",
-        help="run every MoE family of transformers, not some of each kind",
+        help="every MoE family and every option of AutoRound, not some of each",
     )
 
 

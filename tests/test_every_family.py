@@ -5,7 +5,7 @@ import family_table
 from family_table import TABLES, WORKS, examine, read
 
 # one or two of each kind of layout: run with every `pytest`, the others with
-# --all-families
+# --full
 REPRESENTATIVE = [
     "afmoe",  # bias beside the router, linear map inside it
     "axk2",  # groups with another score for refused experts
@@ -24,7 +24,7 @@ REPRESENTATIVE = [
 
 def pytest_generate_tests(metafunc):
     if "model_type" in metafunc.fixturenames:
-        every = metafunc.config.getoption("--all-families")
+        every = metafunc.config.getoption("--full")
         names = families.causal_moe_types() if every else REPRESENTATIVE
         metafunc.parametrize("model_type", names)
 

@@ -170,13 +170,14 @@ def linear_map(router: nn.Module) -> nn.Module:
         router: The router module.
 
     Returns:
-        The module itself, or the first one with a matrix inside it.
+        The module itself, or the first one with a weight inside it; that may be emptied
+        while AutoRound keeps it on disk.
 
     Raises:
-        ValueError: There is no matrix in it.
+        ValueError: There is no weight in it.
     """
     for module in router.modules():
-        if _rows(module):
+        if isinstance(getattr(module, "weight", None), Tensor):
             return module
     raise ValueError(
         f"router {type(router).__name__}: allowed is a module that holds a weight "

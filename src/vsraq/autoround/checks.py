@@ -68,6 +68,33 @@ def check_selection(routers: Sequence[Router]) -> None:
         )
 
 
+def check_smoothing(routers: Sequence[Router], composer: "AlgorithmComposer") -> None:
+    """Refuse AWQ mappings that change what a router reads, and not the router.
+
+    AWQ divides a norm's output by scales and multiplies the layers behind it with them.
+    AutoRound only counts linear layers among those, and routers are none.
+
+    Raises:
+        ValueError: A mapping would change the routing of the model.
+    """
+    for member in composer.members():
+        for mapping in getattr(member, "_resolved_mappings", ()):
+            for router in routers:
+                around = f"{router.name.rpartition('.')[0]}."
+                inside = [n for n in mapping.balance_names if n.startswith(around)]
+                if (
+                    inside
+                    and not mapping.smooth_name.startswith(around)
+                    and router.name not in mapping.balance_names
+                ):
+                    raise ValueError(
+                        f"awq: it scales the output of {mapping.smooth_name} for "
+                        f"{inside[0]}, but not router {router.name}, which reads it "
+                        "too, so the model would route otherwise; allowed are mappings "
+                        "that leave out that norm: AWQConfig(mappings=[...])"
+                    )
+
+
 def check_run(alignment: Alignment, calibration: Any) -> None:
     """Refuse runs in which a part of the alignment cannot work.
 

@@ -32,6 +32,7 @@ from vsraq.autoround.checks import (
     check_router,
     check_run,
     check_selection,
+    check_smoothing,
     within_reach,
 )
 from vsraq.autoround.config import Alignment, VSRAQConfig
@@ -74,6 +75,26 @@ if TYPE_CHECKING:
 
 # A child of AutoRound's logger: its handler and level, no configuration of our own.
 logger = logging.getLogger("autoround.vsraq")
+
+
+@contextmanager
+def _without_checkpointing(block: nn.Module) -> Iterator[None]:
+    """Let a backward pass not run the block, and so its routers, once more.
+
+    AutoScheme leaves gradient checkpointing on in the model that it has scored.
+    """
+    checkpointed = [
+        module
+        for module in block.modules()
+        if getattr(module, "gradient_checkpointing", False)
+    ]
+    for module in checkpointed:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in checkpointed:
+            module.gradient_checkpointing = True  # type: ignore[assignment]
 
 
 @register_pipeline_member(VSRAQConfig)
@@ -190,6 +211,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
         check_run(alignment, self.calibration_context)
         if alignment.rank_by == "selection":
             check_selection(routers)
+        if composer is not None:
+            check_smoothing(routers, composer)
         if self.compress_context.enable_torch_compile:
             # Code compiled for an earlier run of this process knows no router hook,
             # and torch.compile does not look whether there is one.
@@ -375,6 +398,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
             if not terms:
                 return tune()
             run = BlockRun(name, terms, not self.not_use_best_mse)
+            stack.enter_context(_without_checkpointing(block))
             stack.enter_context(self._tuning(run, tensors))
             best_params = tune()
         run.finish_iteration()  # an early stop skips the last _step
