@@ -42,6 +42,8 @@ compares.
 - **own**: MoE blocks in which the loss of the block's own router reaches a quantized
   layer; **next**: blocks that the loss of the next router reaches, of those that have
   a MoE router behind them.
+- "(with images)" is the larger model around a language model, calibrated on text: the
+  routers of the text decoder are aligned, what is for images stays as it is.
 - z are the raw logits. "identity" is the choice of the highest logits, whatever
   increasing function follows. Groups are those of the tiny model.
 - Status "works": routers are captured as transformers itself records them, the choice
@@ -49,6 +51,25 @@ compares.
   and passes `vsraq verify`.
 """
 WORKS = "works"
+WITH_IMAGES = " (with images)"  # the larger model around a language model
+# routers that text never reaches are for the user to leave out
+PATTERNS = {f"ernie4_5_vl_moe{WITH_IMAGES}": r"text_moe\.gate"}
+
+
+def every_type():
+    return [
+        *families.causal_moe_types(),
+        *(f"{name}{WITH_IMAGES}" for name in families.multimodal_moe_types()),
+    ]
+
+
+def tiny_model(model_type):
+    name = model_type.removesuffix(WITH_IMAGES)
+    return families.tiny_family(name, multimodal=name != model_type)
+
+
+def routers_of(model_type, model):
+    return find_routers(model, router_pattern=PATTERNS.get(model_type))
 
 
 @dataclass(frozen=True)
@@ -67,9 +88,8 @@ class Row:
         return self.status.startswith(WORKS)
 
 
-def check_logits(model, ids):
+def check_logits(model, routers, ids):
     """Every router records what transformers records of it, and the other way round."""
-    routers = find_routers(model)
     with torch.no_grad(), RouterCapture(model, routers) as capture:
         output = model(input_ids=ids, output_router_logits=True)
         captured = capture.take()
@@ -96,9 +116,9 @@ def check_logits(model, ids):
     assert not unknown, f"{len(unknown)} recorded routers were not found"
 
 
-def check_choice(model, ids):
+def check_choice(model, routers, ids):
     """What the rule names gets the token; for how many routers that was seen."""
-    routers = [r for r in find_routers(model) if r.rule is not None]
+    routers = [router for router in routers if router.rule is not None]
     if not routers:
         return 0
     chosen = {router.name: [] for router in routers}
@@ -146,6 +166,7 @@ def run(model, folder, config):
         autoround = AutoRound(
             model,
             tokenizer=tiny.tiny_tokenizer(),
+            processor=tiny.tiny_tokenizer(),  # of text only
             scheme="W4A16",
             group_size=32,
             alg_configs=config,
@@ -167,17 +188,19 @@ def faults_of(exported, reference, routers):
 def reach(model_type, router_model, folder):
     """Own and next reach of a run, and what is wrong with its export."""
     router_model.save_pretrained(folder / "fp")
-    weights = {"router_weight": 1.0, "next_router_weight": 0.1}
+    options = {"iters": 2, "router_weight": 1.0}
+    if model_type in PATTERNS:
+        options["router_pattern"] = PATTERNS[model_type]
     without = ""
     try:
-        exported, log = run(router_model, folder, VSRAQConfig(iters=2, **weights))
+        both = VSRAQConfig(**options, next_router_weight=0.1)
+        exported, log = run(router_model, folder, both)
     except NotImplementedError as error:
         without = str(error).partition("; allowed")[0].rpartition(": ")[2]
         if "hands more than" in str(error):
             without = str(error).rpartition(": ")[2]
-        model = tiny.in_bfloat16(families.tiny_family(model_type))
-        config = VSRAQConfig(iters=2, router_weight=1.0)
-        exported, log = run(model, folder, config)
+        model = tiny.in_bfloat16(tiny_model(model_type))
+        exported, log = run(model, folder, VSRAQConfig(**options))
     lines = tiny.block_lines(log)
     own = [line for line in lines if line["reached"] is not None]
     following = [line for line in lines if line["next_reached"] is not None]
@@ -189,6 +212,8 @@ def reach(model_type, router_model, folder):
         assert warned == (line["reached"] == "0")
     status = WORKS
     faults = faults_of(exported, folder / "fp", len(find_routers(router_model)))
+    if model_type in PATTERNS:
+        status += f" with router_pattern={PATTERNS[model_type]!r}"
     if faults:
         assert all("no quantized experts" in fault for fault in faults), faults
         status += "; AutoRound leaves the experts in full precision"
@@ -203,14 +228,14 @@ def reach(model_type, router_model, folder):
 
 def examine(model_type):
     """Run a family and say what works."""
-    model = families.tiny_family(model_type)
+    model = tiny_model(model_type)
     ids = torch.cat(tiny.calibration())
     try:
-        routers = find_routers(model)
+        routers = routers_of(model_type, model)
     except ValueError as error:
         return Row(model_type, "", "", "", "", f"refused: {error}")
-    check_logits(model, ids)
-    seen = check_choice(model, ids)
+    check_logits(model, routers, ids)
+    seen = check_choice(model, routers, ids)
     classes = dict.fromkeys(type(model.get_submodule(r.name)).__name__ for r in routers)
     rules = dict.fromkeys(
         f"{router.rule}, K = {router.top_k}"
@@ -226,15 +251,15 @@ def examine(model_type):
     del model
     with tempfile.TemporaryDirectory() as folder:
         try:
-            model = tiny.in_bfloat16(families.tiny_family(model_type))
+            model = tiny.in_bfloat16(tiny_model(model_type))
             found = reach(model_type, model, Path(folder))
-        except Exception as error:
-            model = tiny.in_bfloat16(families.tiny_family(model_type))
+        except (Exception, SystemExit) as error:
+            model = tiny.in_bfloat16(tiny_model(model_type))
             plain_folder = Path(folder) / "plain"
             plain_folder.mkdir()
             try:
                 run(model, plain_folder, SignRoundConfig(iters=2))
-            except Exception as plain:
+            except (Exception, SystemExit) as plain:
                 reason = f"{type(plain).__name__}: {plain}".split("\n")[0]
                 return Row(*described, "", "", f"AutoRound fails: {reason}")
             raise error from None
@@ -274,7 +299,7 @@ def main():
     logging.getLogger("autoround").setLevel(logging.WARNING)
     logging.getLogger("autoround.vsraq").setLevel(logging.INFO)
     transformers.logging.set_verbosity_error()
-    names = sys.argv[1:] or families.causal_moe_types()
+    names = sys.argv[1:] or every_type()
     rows = []
     for name in names:
         rows.append(examine(name))

@@ -45,9 +45,8 @@ class Selecting(VSRAQQuantizer):
         print("RESULT", json.dumps(result), flush=True)
 
 
-VSRAQQuantizer.__new__ = lambda cls, config: object.__new__(Selecting)
-
 if __name__ == "__main__":
+    VSRAQQuantizer.__new__ = lambda cls, config: object.__new__(Selecting)
     with tempfile.TemporaryDirectory() as folder:
         source = tiny.save(sys.argv[1], Path(folder) / "model")
         for model in (load_model(source), str(source)):

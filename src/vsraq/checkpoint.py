@@ -22,12 +22,21 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 from vsraq.routers import Router, count_experts, find_routers
 
@@ -263,7 +272,7 @@ def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
 
     Args:
         path: Folder of the checkpoint.
-        **kwargs: Of `AutoModelForCausalLM.from_pretrained`.
+        **kwargs: Of `from_pretrained`.
 
     Returns:
         The model in evaluation mode.
@@ -287,7 +296,7 @@ def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     model_type = config["model_type"]
     conversion = get_checkpoint_conversion_mapping(model_type)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, **kwargs)
+        model: PreTrainedModel = _model_class(config).from_pretrained(path, **kwargs)
     finally:
         if conversion is not None:
             register_checkpoint_conversion_mapping(
@@ -425,11 +434,27 @@ def _local_folder(reference: str | Path) -> Path:
 
 def _skeleton(path: Path, trust_remote_code: bool) -> nn.Module:
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    model_class = _model_class(config.to_dict())
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(
+        model: nn.Module = model_class.from_config(
             config, trust_remote_code=trust_remote_code
         )
     return model
+
+
+def _model_class(config: Mapping[str, Any]) -> Any:
+    """The auto class of a checkpoint; a language model inside a larger one counts too.
+
+    Some types have both a causal model and a larger one around it; `architectures`
+    says which of them the checkpoint holds.
+    """
+    model_type = config["model_type"]
+    larger = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type)
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    architectures = config.get("architectures") or [causal]
+    if larger is not None and (causal is None or architectures[0] == larger):
+        return AutoModelForImageTextToText
+    return AutoModelForCausalLM
 
 
 def _declared_full_precision(export: Checkpoint) -> list[re.Pattern[str]]:
@@ -463,7 +488,7 @@ class _StoredNames:
         numbers = re.findall(r"(?<=\.)\d+(?=\.)", name)
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
         if pattern not in self._patterns:
-            empty = torch.empty(0, device="meta")
+            empty = torch.empty(0, 0, device="meta")  # some are transposed, too
             (renamed,) = revert_weight_conversion(self._model, {name: empty})
             self._patterns[pattern] = re.split(r"(?<=\.)\d+(?=\.)", renamed)
         pieces = self._patterns[pattern]

@@ -55,7 +55,7 @@ class Alignment:
 
     def __bool__(self) -> bool:
         """Whether any part is on."""
-        return self.has_terms or self.realign_routers
+        return self.has_terms or bool(self.realign_routers)
 
     @property
     def has_terms(self) -> bool:
