@@ -61,6 +61,7 @@ MODELS = ("solar_open", *TRAINING)
 SCHEMES = ("W4A16", "W3A16", "W2A16", "NVFP4")
 SEEDS = (0, 1, 2)
 BATCH = 8
+TAUS = (1e-6, 1e-5, 1e-3, 1e-2, 1e-1)
 DATASET = "vsraq-benchmark"
 
 # name -> arguments of VSRAQConfig; None is round-to-nearest, {} plain AutoRound
@@ -105,10 +106,27 @@ EXPERIMENTS: dict[str, dict[str, Any]] = _RATIOS | {
     "norms": {"enable_norm_bias_tuning": True},
     "two blocks": {"nblocks": 2},
     "boundary": {"realign_weighting": "boundary"},
+    "both, selection": _BOTH | {"rank_by": "selection"},
+    "both, selected tokens": _BOTH | {"token_selection": True},
     "top 3K": {"realign_weighting": "top_3k"},
 }
 METHODS |= {_name + REFIT: _options for _name, _options in EXPERIMENTS.items()}
 METHODS["norms"] = EXPERIMENTS["norms"]
+# Ranked by the selection, and Selective Router Alignment: with and without re-fit.
+_SELECTED = {
+    "Top-3K MSE, selection": OWN["Top-3K MSE"] | {"rank_by": "selection"},
+    "margin": {"objective": "margin"},
+    "margin, selection": {"objective": "margin", "rank_by": "selection"},
+    "RA": {"objective": "ra"},
+    "SRA": {"objective": "sra"},
+    "SRA, top-K": {"objective": "topk_mse", "token_selection": True},
+    "SRA, top-2K": {"objective": "top2k_mse", "token_selection": True},
+    "SRA, all experts": {"objective": "full_mse", "token_selection": True},
+    "MSE + KL": {"objective": "mse_kl"},
+    **{f"SRA, tau {t:g}": {"objective": "sra", "tau": t} for t in TAUS},
+}
+for _name, _options in _SELECTED.items():
+    METHODS[_name] = METHODS[_name + REFIT] = _options | {"router_weight": "auto"}
 
 
 @dataclass(frozen=True)
@@ -270,6 +288,7 @@ def run_cell(
     started = clock()
     q_model, _ = run.quantize()
     seconds = clock() - started
+    mask = getattr(run.alg_composer.block_quantizer, "token_mask", None)
     memory = peak_memory(device)
     if cell.scheme == "NVFP4":
         q_model = reload_export(run, folder)
@@ -280,6 +299,8 @@ def run_cell(
         realign_routers(q_model, fp_model, list(samples.split(1)))
         seconds += clock() - started
     result = asdict(cell) | {"seconds": seconds, "peak_mib": memory}
+    if mask is not None:
+        result["selected_tokens"] = mask.share
     for name, batches in texts.items():
         result[name] = asdict(compare(q_model, fp_model, batches))
     return result

@@ -18,6 +18,7 @@ import torch
 import transformers
 from auto_round import AutoRound
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.utils import get_block_names
 
 import families
 import tiny
@@ -54,6 +55,9 @@ WORKS = "works"
 WITH_IMAGES = " (with images)"  # the larger model around a language model
 # routers that text never reaches are for the user to leave out
 PATTERNS = {f"ernie4_5_vl_moe{WITH_IMAGES}": r"text_moe\.gate"}
+UNVERIFIED = {
+    f"ernie4_5_vl_moe{WITH_IMAGES}": "its two gates are stored as one tensor",
+}
 
 
 def every_type():
@@ -69,7 +73,10 @@ def tiny_model(model_type):
 
 
 def routers_of(model_type, model):
-    return find_routers(model, router_pattern=PATTERNS.get(model_type))
+    """Those inside the blocks that AutoRound tunes: not the ones for images."""
+    blocks = tuple(f"{b}." for group in get_block_names(model) for b in group)
+    routers = find_routers(model, router_pattern=PATTERNS.get(model_type))
+    return [router for router in routers if router.name.startswith(blocks)]
 
 
 @dataclass(frozen=True)
@@ -88,11 +95,13 @@ class Row:
         return self.status.startswith(WORKS)
 
 
-def check_logits(model, routers, ids):
+def check_logits(model, routers, ids, with_images):
     """Every router records what transformers records of it, and the other way round."""
     with torch.no_grad(), RouterCapture(model, routers) as capture:
         output = model(input_ids=ids, output_router_logits=True)
         captured = capture.take()
+    if with_images and not hasattr(output, "router_logits"):
+        return  # some larger models hand out none
     recorded = [o.flatten(0, -2).float() for o in output.router_logits]
     unknown = set(range(len(recorded)))
     for router in routers:
@@ -214,7 +223,10 @@ def reach(model_type, router_model, folder):
     faults = faults_of(exported, folder / "fp", len(find_routers(router_model)))
     if model_type in PATTERNS:
         status += f" with router_pattern={PATTERNS[model_type]!r}"
-    if faults:
+    if model_type in UNVERIFIED:
+        assert faults
+        status += f"; `vsraq verify` does not: {UNVERIFIED[model_type]}"
+    elif faults:
         assert all("no quantized experts" in fault for fault in faults), faults
         status += "; AutoRound leaves the experts in full precision"
     if without:
@@ -234,7 +246,7 @@ def examine(model_type):
         routers = routers_of(model_type, model)
     except ValueError as error:
         return Row(model_type, "", "", "", "", f"refused: {error}")
-    check_logits(model, routers, ids)
+    check_logits(model, routers, ids, WITH_IMAGES in model_type)
     seen = check_choice(model, routers, ids)
     classes = dict.fromkeys(type(model.get_submodule(r.name)).__name__ for r in routers)
     rules = dict.fromkeys(

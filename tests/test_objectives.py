@@ -27,6 +27,7 @@ def test_names_are_the_losses_with_the_papers_values():
         "topk_mse": losses.topk_mse(q, fp, top_k=K),
         "top3k_mse": losses.topk_mse(q, fp, top_k=K, multiplier=3),
         "ra": losses.topk_mse(q, fp, top_k=K, multiplier=3),
+        "sra": losses.topk_mse(q, fp, top_k=K, multiplier=3),
         "top2k_mse": losses.topk_mse(q, fp, top_k=K, multiplier=2),
         "full_mse": losses.topk_mse(q, fp, top_k=K, multiplier="all"),
         "mse_kl": losses.mse_kl(q, fp),

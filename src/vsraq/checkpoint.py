@@ -489,7 +489,8 @@ class _StoredNames:
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
         if pattern not in self._patterns:
             empty = torch.empty(0, 0, device="meta")  # some are transposed, too
-            (renamed,) = revert_weight_conversion(self._model, {name: empty})
+            stored = list(revert_weight_conversion(self._model, {name: empty}))
+            renamed = stored[0] if len(stored) == 1 else name  # or into several
             self._patterns[pattern] = re.split(r"(?<=\.)\d+(?=\.)", renamed)
         pieces = self._patterns[pattern]
         if len(pieces) != len(numbers) + 1:

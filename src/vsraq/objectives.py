@@ -70,6 +70,7 @@ class Objective:
             default is all experts.
         compares: What the loss gets of a router: its logits, (..., E), or its inputs,
             (..., H).
+        selects_tokens: Whether it is meant for the selected tokens only (SRA).
 
     Raises:
         ValueError: The loss has no such hyper-parameter, its value is not allowed, or
@@ -81,6 +82,7 @@ class Objective:
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     ranks_read: RanksRead = _all_ranks
     compares: Compared = "logits"
+    selects_tokens: bool = False
     _takes_top_k: bool = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -164,6 +166,9 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
             Objective("full_mse", topk_mse, {"multiplier": "all"}, _multiplied),
             # uniform router alignment, what SRA is compared with
             Objective("ra", topk_mse, {"multiplier": 3}, _multiplied),
+            Objective(
+                "sra", topk_mse, {"multiplier": 3}, _multiplied, selects_tokens=True
+            ),
             Objective("sigmoid_aware_mse", sigmoid_aware_mse, {}, _top_k_ranks),
             Objective("rank", rank_loss, {}, _top_k_ranks),
             Objective("margin", margin_loss, {}, _near_boundary),
@@ -212,4 +217,5 @@ def get_objective(objective: str | Objective, **hyperparameters: Any) -> Objecti
         dict(objective.hyperparameters) | hyperparameters,
         objective.ranks_read,
         objective.compares,
+        objective.selects_tokens,
     )

@@ -171,6 +171,15 @@ class TokenMask:
         """Selected tokens, as a fraction of all."""
         return self.selected / max(self.total, 1)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the selected tokens and what they are, for comparing masks."""
+        parts = [
+            f"{h}{mask.tolist()}"
+            for h, mask in zip(self.hashes, self.masks, strict=True)
+        ]
+        return hashlib.sha256("".join(parts).encode()).hexdigest()
+
     def of_samples(self, samples: Sequence[int]) -> Tensor:
         """The masks of some samples behind each other, bool, (T,)."""
         return torch.cat([self.masks[i] for i in samples])
@@ -280,6 +289,21 @@ class TokenMask:
             shift_threshold=json.loads(found["shift_threshold"]),
             sampling=Sampling(**json.loads(found["sampling"])),
             vsraq=found["vsraq"],
+        )
+
+
+def check_thresholds(tau: float, shift_threshold: float | None) -> None:
+    """Check what decides whether a token is selected.
+
+    Raises:
+        ValueError: A threshold is not allowed.
+    """
+    if not 0 <= tau < float("inf"):
+        raise ValueError(f"tau={tau!r}: allowed is a finite number >= 0, in nats")
+    if shift_threshold is not None and not 0 <= shift_threshold < 1:
+        raise ValueError(
+            f"shift_threshold={shift_threshold!r}: allowed is a fraction from 0 to "
+            "below 1, or None"
         )
 
 

@@ -4,6 +4,7 @@
 import math
 import re
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
@@ -11,6 +12,7 @@ from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from vsraq.autoround.terms import Weight
 from vsraq.objectives import Objective, get_objective
 from vsraq.realignment import DEFAULT_RIDGE, Weighting
+from vsraq.token_selection import TokenMask, check_thresholds
 
 RankBy: TypeAlias = Literal["logits", "selection"]
 OnUnreached: TypeAlias = Literal["warn", "error"]
@@ -38,6 +40,9 @@ class Alignment:
         next_router_weight: Weight of the next router's loss; 0 is off.
         realign_routers: Whether routers are re-fitted.
         rank_by: Which order of the experts the losses read.
+        token_selection: Whether only tokens count whose output changed.
+        tau: They changed by more than this Sampled-JSD.
+        shift_threshold: And their routing moved by more than this; None: any.
         lookahead: Blocks that may be run to reach the next router.
         auto_ratio: Strength of automatic weights.
         realign_ridge: Ridge of the re-fit.
@@ -48,6 +53,9 @@ class Alignment:
     next_router_weight: Weight = 0.0
     realign_routers: bool = False
     rank_by: RankBy = "logits"
+    token_selection: bool = False
+    tau: float = 1e-4
+    shift_threshold: float | None = None
     lookahead: int = 2
     auto_ratio: float = 1.0
     realign_ridge: float = DEFAULT_RIDGE
@@ -72,6 +80,11 @@ class Alignment:
         needed = {}
         if not self.has_terms:
             needed["rank_by"] = "a router_weight or next_router_weight"
+        if not self:
+            needed["token_selection"] = "a part of the alignment that is on"
+        if not self.token_selection:
+            selection = 'objective="sra" or token_selection=True'
+            needed |= dict.fromkeys(("tau", "shift_threshold"), selection)
         if self.next_router_weight == 0:
             needed["lookahead"] = "a next_router_weight"
         if "auto" not in (self.router_weight, self.next_router_weight):
@@ -121,6 +134,15 @@ class VSRAQConfig(SignRoundConfig):
             same.
         router_pattern: A regular expression for the end of the name of each router's
             linear map, where `vsraq.find_routers` does not find the right ones.
+        token_selection: Align the routers on tokens only whose output changes when the
+            model is rounded to nearest (Selective Router Alignment): their losses and
+            their re-fit. None does so for objective="sra", which is "ra" with it. All
+            tokens take part in the reconstruction loss.
+        token_mask: Which tokens; a `TokenMask`, or the path of one. None selects them
+            at the start of the run, in two passes over the blocks.
+        tau: Select tokens whose Sampled-JSD is above it, nats; None is 1e-4 (SRA).
+        shift_threshold: And whose routing shift is above it (SRA's aggressive
+            variant); None does not look at the routing.
         lookahead: How many of the following blocks may be run to reach the next
             router; None is 2.
         auto_ratio: How strong an "auto" weight is; None is 1.
@@ -162,6 +184,10 @@ class VSRAQConfig(SignRoundConfig):
         next_router_objective: str | Objective | None = None,
         rank_by: RankBy | None = None,
         router_pattern: str | None = None,
+        token_selection: bool | None = None,
+        token_mask: TokenMask | str | Path | None = None,
+        tau: float | None = None,
+        shift_threshold: float | None = None,
         lookahead: int | None = None,
         auto_ratio: float | None = None,
         realign_routers: bool | None = None,
@@ -195,6 +221,11 @@ class VSRAQConfig(SignRoundConfig):
         self.next_router_objective = next_router_objective
         self.rank_by = rank_by
         self.router_pattern = router_pattern
+        self.token_selection = token_selection
+        self.token_mask = token_mask
+        self.select_only = False  # `vsraq select-tokens` stops after the selection
+        self.tau = tau
+        self.shift_threshold = shift_threshold
         self.lookahead = lookahead
         self.auto_ratio = auto_ratio
         self.realign_routers = realign_routers
@@ -219,6 +250,8 @@ class VSRAQConfig(SignRoundConfig):
         """The parts that are on: those that are named, or else the default recipe."""
         names = [field.name for field in fields(Alignment)]
         named = {n: v for n in names if (v := getattr(self, n)) is not None}
+        if self.token_selection is None:
+            named["token_selection"] = self._is_selective()
         if not named.keys() & {
             "router_weight",
             "next_router_weight",
@@ -226,6 +259,10 @@ class VSRAQConfig(SignRoundConfig):
         }:
             return replace(DEFAULT_RECIPE, **named)
         return Alignment(**named)
+
+    def _is_selective(self) -> bool:
+        """Whether the objective is meant for selected tokens."""
+        return self.resolve_objective().selects_tokens
 
     def resolve_objective(self) -> Objective:
         """The objective with the hyper-parameters of this configuration.
@@ -262,6 +299,7 @@ class VSRAQConfig(SignRoundConfig):
         self.resolve_objective()
         self.resolve_next_objective()
         self._check_weights()
+        check_thresholds(self.alignment.tau, self.alignment.shift_threshold)
         self._check_without_effect()
         counts = ("nblocks", "gradient_accumulate_steps", "min_tokens_per_expert")
         for name in counts:
@@ -280,9 +318,15 @@ class VSRAQConfig(SignRoundConfig):
                     f"router_pattern={self.router_pattern!r}: allowed is a regular "
                     f"expression ({error})"
                 ) from error
-        realign = self.realign_routers
-        if realign is not None and not isinstance(realign, bool):
-            raise ValueError(f"realign_routers={realign!r}: allowed is True or False")
+        for name in ("realign_routers", "token_selection"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r}: allowed is True or False")
+        if self.token_selection is False and self._is_selective():
+            raise ValueError(
+                f"token_selection=False: objective {self.objective!r} is for selected "
+                'tokens; allowed is None or True, or objective="ra" for all tokens'
+            )
         for name, allowed in (
             ("realign_weighting", get_args(Weighting)),
             ("rank_by", get_args(RankBy)),
@@ -318,6 +362,11 @@ class VSRAQConfig(SignRoundConfig):
         """Refuse options that would change nothing."""
         alignment = self.alignment
         needed = alignment.idle()
+        if not alignment.token_selection:
+            needed["token_mask"] = 'objective="sra" or token_selection=True'
+        elif self.token_mask is not None:
+            own = "token_mask=None, because a mask has its own"
+            needed |= dict.fromkeys(("tau", "shift_threshold"), own)
         if alignment.next_router_weight == 0:
             needed["next_router_objective"] = "a next_router_weight"
         own_is_read = alignment.router_weight != 0 or (

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,6 +58,11 @@ from vsraq.autoround.terms import (
     RouterTerm,
     split_samples,
 )
+from vsraq.autoround.token_selection import (
+    SelectionDoneError,
+    TokenRecorder,
+    select_tokens,
+)
 from vsraq.capture import RouterCapture, router_input
 from vsraq.expert_coverage import ExpertCoverage
 from vsraq.losses import FpLogits, RankedLogits
@@ -69,6 +75,7 @@ from vsraq.routers import (
     router_logits,
     routers_inside,
 )
+from vsraq.token_selection import TokenMask
 
 if TYPE_CHECKING:
     from auto_round.algorithms.composer import AlgorithmComposer
@@ -99,7 +106,11 @@ def _without_checkpointing(block: nn.Module) -> Iterator[None]:
 
 @register_pipeline_member(VSRAQConfig)
 class VSRAQQuantizer(SignRoundQuantizer):
-    """SignRound with the router term; its variants follow the config's switches."""
+    """SignRound with the router term; its variants follow the config's switches.
+
+    Attributes:
+        token_mask: The tokens that the routers of the run are aligned on, None for all.
+    """
 
     config: VSRAQConfig
 
@@ -124,6 +135,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
         self._fp_capture: FullPrecisionCapture | None = None
         self._coverage = ExpertCoverage(config.min_tokens_per_expert)
         self._run: BlockRun | None = None
+        self._recorder: TokenRecorder | None = None
+        self.token_mask: TokenMask | None = None
         self._checked = False
 
     @property
@@ -144,6 +157,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
             self._routers = find_routers(
                 self.model, router_pattern=self.config.router_pattern
             )
+        if self._alignment.token_selection:
+            self._recorder = TokenRecorder(self.model)
         # AutoRound 0.16 stores nblocks on the config and never reads it from there.
         if self.config.nblocks != 1:
             orchestrator.nblocks = self.config.nblocks
@@ -159,6 +174,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
             "seed": self._seed,
             "batch_size": self.calibration_context.batch_size,
             "layer_config": self._layer_config,
+            "token_mask": mask.digest if (mask := self._given_mask()) else None,
         }
         for member in composer.members() if composer is not None else ():
             if member is not self:
@@ -186,6 +202,47 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 adapt_attention_mask(self.model, self._group_of(group[0]), cached)
         if self._alignment:
             self._check_model(composer)
+        if self._alignment.token_selection:
+            self._select_tokens(composer)
+
+    def _given_mask(self) -> TokenMask | None:
+        """The mask that the configuration names."""
+        mask = self.config.token_mask
+        return TokenMask.load(mask) if isinstance(mask, str | Path) else mask
+
+    def _select_tokens(self, composer: "AlgorithmComposer | None") -> None:
+        """Find the tokens that the routers are aligned on."""
+        if self._recorder is None or composer is None:
+            raise NotImplementedError(
+                "token_selection: single blocks do not tell which tokens they see; "
+                "allowed are runs of a whole model through AutoRound"
+            )
+        token_ids = self._recorder.take()
+        mask = self._given_mask()
+        if mask is None:
+            selection = select_tokens(
+                self._orchestrator,
+                composer,
+                token_ids,
+                tau=self._alignment.tau,
+                shift_threshold=self._alignment.shift_threshold,
+            )
+            logger.info("vsraq: %s", selection)
+            mask = selection.mask
+            if self.config.select_only:
+                raise SelectionDoneError(selection)
+        else:
+            mask.check(token_ids)
+            logger.info(
+                "vsraq: a given mask selects %d of %d tokens (%.1f %%)",
+                mask.selected,
+                mask.total,
+                100 * mask.share,
+            )
+        warning = mask.warning()
+        if warning is not None:
+            logger.warning("vsraq: %s", warning)
+        self.token_mask = mask
 
     def _block_groups(self) -> list[list[str]]:
         groups: list[list[str]] = get_block_names(self.model)
@@ -199,6 +256,14 @@ class VSRAQQuantizer(SignRoundQuantizer):
         """What `prepare_run` refuses or says about the model and its routers."""
         self._checked = True
         alignment, model = self._alignment, type(self.model).__name__
+        if composer is not None:
+            # not those of a vision tower, say
+            blocks = [name for group in self._block_groups() for name in group]
+            self._routers = tuple(
+                router
+                for router in self._routers
+                if any(router.name.startswith(f"{block}.") for block in blocks)
+            )
         routers = self._routers
         if not routers:
             raise ValueError(
@@ -254,6 +319,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
         super().finalize_run()
         self._drop_fp_capture()
         self._run = None
+        if self._recorder is not None:
+            self._recorder.close()
         self._report_coverage()
         self._coverage = ExpertCoverage(self.config.min_tokens_per_expert)
 
@@ -342,6 +409,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
             return tune()
         if not self._checked:  # llm-compressor's single blocks are not prepared
             self._check_model(None)
+            if self._alignment.token_selection:
+                self._select_tokens(None)
         name = "+".join(block_ctx.block_names)
         routers = self._routers_of(block)
         expected = sum(
@@ -538,7 +607,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
             )
             # a masked sample's share, as in _get_loss
             share = 1.0 if mask is None else mask.float().mean().item()
-            losses = [share * term.loss(output, samples, mask) for term in run.terms]
+            counted = self._counted(mask, samples)
+            losses = [share * term.loss(output, samples, counted) for term in run.terms]
             reconstruction = None
             if automatic:
                 reconstruction = super()._get_loss(
@@ -564,6 +634,19 @@ class VSRAQQuantizer(SignRoundQuantizer):
         if not valid_token_mask:
             return None
         return torch.cat([valid_token_mask[i].flatten() for i in samples])
+
+    def _counted(self, valid: Tensor | None, samples: Sequence[int]) -> Tensor | None:
+        """Tokens that count for the routers, (T,): valid ones that are selected.
+
+        None is all of them: a mean over all tokens may round otherwise than one over
+        a mask of ones.
+        """
+        if self.token_mask is None:
+            return valid
+        selected = self.token_mask.of_samples(samples)
+        if selected.all():
+            return valid
+        return selected if valid is None else valid * selected.to(valid)
 
     def _count_tokens(
         self,
@@ -644,7 +727,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 flat = hidden_states.reshape(-1, hidden_states.shape[-1])
                 own = flat.split([len(z) for z in logits])
                 for i, x, z in zip(batch, own, logits, strict=True):
-                    yield x, z, self._mask(mask, [i])
+                    yield x, z, self._counted(self._mask(mask, [i]), [i])
 
         with torch.no_grad(), eager():
             refit = refit_router(
@@ -693,9 +776,10 @@ class VSRAQQuantizer(SignRoundQuantizer):
             valid = valid.to(reconstruction.device)
             share = valid.sum() / valid.numel()
         total = reconstruction
+        counted = self._counted(valid, samples)
         current = run.current
         for term in run.terms:
-            loss = term.loss(pred_output, samples, valid).to(reconstruction.device)
+            loss = term.loss(pred_output, samples, counted).to(reconstruction.device)
             current.add(term.label, loss)
             total = total + term.weight * scale * share * loss  # type: ignore[operator]
         current.add("reconstruction", reconstruction / scale)

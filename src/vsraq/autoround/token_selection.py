@@ -48,7 +48,12 @@ from vsraq.routers import (
     find_routers,
     select_experts,
 )
-from vsraq.token_selection import Sampling, TokenMask, output_shift
+from vsraq.token_selection import (
+    Sampling,
+    TokenMask,
+    check_thresholds,
+    output_shift,
+)
 
 
 class TokenRecorder:
@@ -90,6 +95,18 @@ class TokenRecorder:
     def close(self) -> None:
         """Remove the hook; safe to call twice."""
         self._handle.remove()
+
+
+class SelectionDoneError(Exception):
+    """Ends a run that was to select tokens only.
+
+    Attributes:
+        selection: What it selected.
+    """
+
+    def __init__(self, selection: "Selection") -> None:
+        super().__init__(str(selection))
+        self.selection = selection
 
 
 @dataclass(frozen=True)
@@ -162,7 +179,7 @@ def select_tokens(
             finite.
     """
     started = time.perf_counter()
-    _check_thresholds(tau, shift_threshold)
+    check_thresholds(tau, shift_threshold)
     run = _Run.of(orchestrator, composer)
     samples, others = run.inputs(run.blocks[0])
     if len(token_ids) != len(samples):
@@ -417,16 +434,6 @@ class _MeanShift:
                 "no routing shift; allowed is None"
             )
         return self._total / self._layers
-
-
-def _check_thresholds(tau: float, shift_threshold: float | None) -> None:
-    if not 0 <= tau < float("inf"):
-        raise ValueError(f"tau={tau!r}: allowed is a finite number >= 0, in nats")
-    if shift_threshold is not None and not 0 <= shift_threshold < 1:
-        raise ValueError(
-            f"shift_threshold={shift_threshold!r}: allowed is a fraction from 0 to "
-            "below 1, or None"
-        )
 
 
 @contextmanager

@@ -1,0 +1,155 @@
+"""Runs that align their routers on selected tokens only."""
+
+import pytest
+import torch
+from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+
+import tiny
+from test_autoround import padded, same, tuned, weights
+from vsraq import VSRAQConfig
+from vsraq.token_selection import Sampling, TokenMask
+
+FAMILY = "solar_open"
+
+
+def mask_of(masks, samples=None):
+    return TokenMask.of(
+        masks,
+        samples or tiny.calibration(),
+        model=FAMILY,
+        scheme="W4A16",
+        tau=1e-4,
+        shift_threshold=None,
+        sampling=Sampling(),
+    )
+
+
+def constant(value):
+    return mask_of([torch.full((tiny.SEQLEN,), value) for _ in range(8)])
+
+
+def some():
+    generator = torch.Generator().manual_seed(0)
+    return mask_of(
+        [torch.rand(tiny.SEQLEN, generator=generator) < 0.5 for _ in range(8)]
+    )
+
+
+def config(objective="sra", **kwargs):
+    options = {"iters": 3, "router_weight": 10.0, "not_use_best_mse": True}
+    return VSRAQConfig(objective=objective, **options | kwargs)
+
+
+PARTS = [
+    {},
+    {"next_router_weight": 10.0},
+    {"router_weight": "auto", "next_router_weight": "auto", "realign_routers": True},
+]
+
+
+@pytest.mark.parametrize("parts", PARTS, ids=lambda p: ",".join(p) or "own")
+@pytest.mark.parametrize("text", [False, True])
+def test_a_mask_of_ones_is_ra_bit_for_bit(parts, text, quantize, tmp_path):
+    """With AutoRound's own mask (tensors), and without one (text)."""
+    dataset = tiny.save_text(tmp_path / "text.jsonl") if text else tiny.calibration()
+
+    def run(config):
+        _, model = quantize(tiny.tiny_model(FAMILY), config, dataset=dataset)
+        return weights(model), [layer.mlp.gate.weight for layer in model.model.layers]
+
+    plain, plain_gates = run(config("ra", **parts))
+    # tau=0 selects every token whose output changed at all
+    ones, gates = run(
+        config(tau=0, **parts) if text else config(token_mask=constant(True), **parts)
+    )
+    assert same(plain, ones)
+    assert all(torch.equal(a, b) for a, b in zip(gates, plain_gates, strict=True))
+
+
+def test_without_a_weight_it_is_autoround(quantize):
+    plain = tuned(quantize, SignRoundConfig(iters=3, not_use_best_mse=True))
+    zero = VSRAQConfig(iters=3, not_use_best_mse=True, router_weight=0)
+    assert same(plain, tuned(quantize, zero))
+
+
+@pytest.mark.parametrize("parts", PARTS, ids=lambda p: ",".join(p) or "own")
+def test_other_tokens_give_other_weights(parts, quantize):
+    all_tokens = tuned(quantize, config("ra", **parts))
+    assert not same(all_tokens, tuned(quantize, config(token_mask=some(), **parts)))
+
+
+def test_the_re_fit_counts_selected_tokens(quantize, vsraq_log):
+    options = {"iters": 1, "router_weight": 0, "realign_routers": True}
+    quantize(tiny.tiny_model(FAMILY), VSRAQConfig(**options))
+    masked = VSRAQConfig(**options, token_selection=True, token_mask=some())
+    quantize(tiny.tiny_model(FAMILY), masked)
+    lines = [m for m in vsraq_log if "held-out logit error" in m]
+    first, second = lines[0], lines[2]  # the first router of each run
+    assert first.split(" left")[0] == second.split(" left")[0]
+    assert first != second
+
+
+def test_no_selected_token_is_no_router_loss(quantize, vsraq_log):
+    """In a whole run: 0 and not NaN, and said."""
+    plain = tuned(quantize, SignRoundConfig(iters=3, not_use_best_mse=True))
+    none = tuned(quantize, config(token_mask=constant(False)))
+    assert same(plain, none)
+    (warning,) = [m for m in vsraq_log if "are selected with tau" in m]
+    assert "0 of 256 tokens (0.00%)" in warning
+
+
+def test_masks_multiply(quantize):
+    """A selected token that is padding does not count."""
+    halves = [torch.arange(tiny.SEQLEN) < tiny.SEQLEN // 2 for _ in range(8)]
+    samples = padded(0)
+    by_padding = tuned(
+        quantize,
+        config(token_mask=mask_of([~h | h for h in halves], samples)),
+        dataset=samples,
+    )
+    assert same(by_padding, tuned(quantize, config("ra"), dataset=samples))
+
+
+def test_selected_at_the_start_of_the_run(quantize, vsraq_log, tmp_path):
+    """The same as with that mask given, from memory or from a file."""
+    computed = tuned(quantize, config(tau=0.05))
+    (line,) = [m for m in vsraq_log if "vsraq: selected" in m]
+    assert "of 256 tokens" in line
+    assert "tau=0.05" in line
+    assert not same(computed, tuned(quantize, config("ra")))
+    assert same(computed, tuned(quantize, config(tau=0.05)))
+
+
+def test_any_objective_may_be_masked(quantize):
+    masked = config("vsraq", token_selection=True, token_mask=some())
+    assert not same(tuned(quantize, masked), tuned(quantize, config("vsraq")))
+
+
+def test_a_mask_from_a_file(quantize, tmp_path):
+    some().save(tmp_path / "mask.safetensors")
+    from_file = config(token_mask=str(tmp_path / "mask.safetensors"))
+    given = tuned(quantize, config(token_mask=some()))
+    assert same(tuned(quantize, from_file), given)
+
+
+def test_a_mask_of_other_tokens_is_refused(quantize):
+    other = mask_of([torch.ones(tiny.SEQLEN).bool()] * 8, tiny.calibration(seed=1))
+    with pytest.raises(ValueError, match="token mask: calibration sample 0 has 32"):
+        quantize(tiny.tiny_model(FAMILY), config(token_mask=other))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "ra", "tau": 0.1}, "tau=0.1: it has no effect without obj"),
+        ({"objective": "ra", "token_mask": "m"}, "token_mask='m': it has no effect"),
+        ({"token_mask": "m", "tau": 0.1}, "no effect without token_mask=None"),
+        ({"token_selection": False}, "token_selection=False: objective 'sra' is for"),
+        ({"tau": -1.0}, "tau=-1.0: allowed is a finite number >= 0"),
+        ({"shift_threshold": 1.5}, "shift_threshold=1.5: allowed is a fraction"),
+        ({"token_selection": "yes"}, "token_selection='yes': allowed is True or"),
+    ],
+)
+def test_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        config(**options)
