@@ -3,14 +3,17 @@ from pathlib import Path
 import pytest
 import yaml
 
+import tiny
 from vsraq.autoround import VSRAQConfig
 from vsraq.autoround.config import Alignment
 from vsraq.checkpoint import Checkpoint
 from vsraq.cli import main
 from vsraq.demo import model_path
 from vsraq.recipe import Recipe, load_recipe, parse_recipe
+from vsraq.token_selection import TokenMask
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 MINIMAL = {"model": "some/model", "scheme": "W4A16", "output": "out"}
 
 
@@ -19,6 +22,15 @@ SETTINGS = {
     "solar_open_100b_w4a16": (Alignment(0.01, 0.0, False), 512, 2048),
     "solar_open_100b_nvfp4": (Alignment(0.01, 0.0, False), 512, 2048),
     "nemotron_3_nano_30b_nvfp4": (Alignment(0.1, "auto", True), 512, 1024),
+    **{
+        f"{name}_sra": (Alignment("auto", 0.0, True, token_selection=True), 128, 2048)
+        for name in (
+            "glm_4_5_air_w4a16",
+            "qwen3_30b_a3b_w3a16",
+            "qwen3_30b_a3b_w4a16",
+            "solar_open_100b_w4a16",
+        )
+    },
 }
 
 
@@ -28,7 +40,7 @@ def test_every_config_is_valid(path):
     alignment, nsamples, seqlen = SETTINGS[path.stem]
     config = recipe.algorithm_config()
     assert isinstance(config, VSRAQConfig)
-    assert config.objective == "vsraq"
+    assert config.objective == ("sra" if alignment.token_selection else "vsraq")
     assert config.alignment == alignment
     assert (recipe.calibration.nsamples, recipe.calibration.seqlen) == (
         nsamples,
@@ -135,7 +147,7 @@ def test_the_resolved_recipe_is_complete_and_runs_again():
 
 @pytest.mark.parametrize("scheme", ["W4A16", "NVFP4"])
 def test_quantize_streams_exports_and_verifies(scheme, text_file, tmp_path, capsys):
-    path = next(path for path in CONFIGS if path.stem.startswith("solar"))
+    path = next(path for path in CONFIGS if path.stem == "solar_open_100b_w4a16")
     status = main(
         [
             "quantize",
@@ -173,3 +185,54 @@ def test_a_fault_is_one_line_and_a_status(tmp_path, capsys):
     assert "vsraq: error: shceme: unknown key" in capsys.readouterr().err
     assert main(["verify", str(tmp_path), "--reference", str(tmp_path)]) == 1
     assert "no config.json" in capsys.readouterr().err
+
+
+def selecting(output, model, text):
+    return [
+        "configs/qwen3_30b_a3b_w4a16_sra.yaml",
+        f"model={model}",
+        f"output={output}",
+        "algorithm.iters=1",
+        "algorithm.group_size=32",
+        f"calibration.dataset={text}",
+        "calibration.nsamples=8",
+        f"calibration.seqlen={tiny.SEQLEN}",
+        "runtime.device_map=cpu",
+        "runtime.enable_torch_compile=false",
+    ]
+
+
+def test_selected_tokens_are_written_and_found_again(
+    tmp_path, capsys, monkeypatch, vsraq_log
+):
+    monkeypatch.chdir(ROOT)
+    model = tiny.save("solar_open", tmp_path / "model")
+    text = tiny.save_text(tmp_path / "text.jsonl")
+    arguments = selecting(tmp_path / "out", model, text)
+    assert main(["select-tokens", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "selected " in printed
+    assert "of 256 tokens" in printed
+    path = tmp_path / "out" / "token_mask.safetensors"
+    assert f"written to {path}" in printed
+    first = TokenMask.load(path).digest
+    assert main(["select-tokens", *arguments]) == 0
+    assert TokenMask.load(path).digest == first
+    vsraq_log.clear()
+    assert main(["quantize", *arguments]) == 0
+    assert any(f"tokens were selected before, in {path}" in m for m in vsraq_log)
+    assert not any(m.startswith("vsraq: selected ") for m in vsraq_log)
+    vsraq_log.clear()
+    assert main(["quantize", *arguments, "algorithm.tau=0.2"]) == 0
+    assert any("tokens are selected anew" in m for m in vsraq_log)
+    assert any(m.startswith("vsraq: selected ") for m in vsraq_log)
+    other = [*arguments, "calibration.seed=1"]
+    assert main(["quantize", *other]) == 1
+    assert "token mask: calibration sample" in capsys.readouterr().err
+
+
+def test_a_recipe_that_selects_no_tokens(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = "configs/solar_open_100b_w4a16.yaml"
+    assert main(["select-tokens", config]) == 1
+    assert "selects no tokens to write a mask of" in capsys.readouterr().err

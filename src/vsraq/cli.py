@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `vsraq demo | quantize | verify | families`."""
+"""The command line: `vsraq demo | quantize | select-tokens | verify | families`."""
 
 import argparse
 import sys
@@ -36,13 +36,17 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     quantize = commands.add_parser("quantize", help="run a recipe")
-    quantize.add_argument("config", type=Path, help="a YAML file, see configs/")
-    quantize.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="such as algorithm.router_weight=0.1",
+    select = commands.add_parser(
+        "select-tokens", help="write the token mask of a recipe, tune nothing"
     )
+    for command in (quantize, select):
+        command.add_argument("config", type=Path, help="a YAML file, see configs/")
+        command.add_argument(
+            "overrides",
+            nargs="*",
+            metavar="key=value",
+            help="such as algorithm.router_weight=0.1",
+        )
 
     verify = commands.add_parser("verify", help="check an export tensor by tensor")
     verify.add_argument("path", type=Path, help="folder of the export")
@@ -70,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _demo(arguments)
         if arguments.command == "quantize":
             return _quantize(arguments)
+        if arguments.command == "select-tokens":
+            return _select_tokens(arguments)
         if arguments.command == "verify":
             return _verify(arguments)
         return _families()
@@ -95,6 +101,15 @@ def _quantize(arguments: argparse.Namespace) -> int:
         print(f"exported to {path}")
         remote = bool(recipe.runtime.get("trust_remote_code", False))
         print(f"verified: {verify(path, recipe.model, trust_remote_code=remote)}")
+    return 0
+
+
+def _select_tokens(arguments: argparse.Namespace) -> int:
+    from vsraq.recipe import load_recipe, mask_path, select_tokens
+
+    recipe = load_recipe(arguments.config, arguments.overrides)
+    print(select_tokens(recipe))
+    print(f"written to {mask_path(recipe)}")
     return 0
 
 

@@ -17,6 +17,7 @@ arguments of `VSRAQConfig` (or of AutoRound's `SignRoundConfig` with
 
 import difflib
 import inspect
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -30,6 +31,10 @@ from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.schemes import QuantizationScheme
 
 from vsraq.autoround import VSRAQConfig
+from vsraq.autoround.token_selection import Selection, SelectionDoneError
+from vsraq.token_selection import TokenMask
+
+logger = logging.getLogger("autoround.vsraq")
 
 Method = Literal["vsraq", "auto_round"]
 
@@ -233,12 +238,18 @@ def parse_recipe(data: Mapping[str, Any]) -> Recipe:
     return Recipe(**values)
 
 
-def build(recipe: Recipe, model: Any = None, **overrides: Any) -> AutoRound:
+def build(
+    recipe: Recipe,
+    model: Any = None,
+    config: SignRoundConfig | None = None,
+    **overrides: Any,
+) -> AutoRound:
     """The AutoRound run of a recipe.
 
     Args:
         recipe: The recipe.
         model: A model in memory instead of `recipe.model`.
+        config: Another configuration than `recipe.algorithm_config()`.
         **overrides: Arguments of `auto_round.AutoRound` that YAML cannot hold, such as
             a tokenizer or calibration tensors.
 
@@ -249,18 +260,88 @@ def build(recipe: Recipe, model: Any = None, **overrides: Any) -> AutoRound:
     return AutoRound(
         recipe.model if model is None else model,
         scheme=recipe.scheme,
-        alg_configs=recipe.algorithm_config(),
+        alg_configs=recipe.algorithm_config() if config is None else config,
         **arguments,
     )
+
+
+def mask_path(recipe: Recipe) -> Path:
+    """Where `select_tokens` writes the mask and `run` looks for it."""
+    return Path(recipe.output) / "token_mask.safetensors"
+
+
+def select_tokens(recipe: Recipe) -> Selection:
+    """Select the tokens of a recipe's run, write the mask, and tune nothing.
+
+    Returns:
+        The selection; its mask is at `mask_path(recipe)`.
+
+    Raises:
+        ValueError: The recipe selects no tokens, or names a mask.
+    """
+    config = recipe.algorithm_config()
+    if not _selects_tokens(config):
+        raise ValueError(
+            "algorithm: this recipe selects no tokens to write a mask of; allowed is "
+            "one with objective: sra or token_selection: true, and without token_mask"
+        )
+    config.select_only = True
+    try:
+        build(recipe, config=config).quantize()
+    except SelectionDoneError as done:
+        path = mask_path(recipe)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        done.selection.mask.save(path)
+        return done.selection
+    raise RuntimeError("AutoRound ended the run before it selected tokens")
+
+
+def _selects_tokens(config: SignRoundConfig) -> bool:
+    return (
+        isinstance(config, VSRAQConfig)
+        and config.alignment.token_selection
+        and config.token_mask is None
+    )
+
+
+def _reusable_mask(recipe: Recipe, config: SignRoundConfig) -> Path | None:
+    """The mask that `select_tokens` has written, if it was made for this run."""
+    path = mask_path(recipe)
+    if not _selects_tokens(config) or not path.is_file():
+        return None
+    mask, alignment = TokenMask.load(path), config.alignment
+    made = (mask.model, mask.tau, mask.shift_threshold)
+    wanted = (recipe.model, alignment.tau, alignment.shift_threshold)
+    if made != wanted:
+        logger.warning(
+            "vsraq: %s was made with model, tau, shift_threshold = %s, this run has "
+            "%s: tokens are selected anew",
+            path,
+            made,
+            wanted,
+        )
+        return None
+    logger.info("vsraq: tokens were selected before, in %s", path)
+    return path
 
 
 def run(recipe: Recipe) -> list[Path]:
     """Quantize, export, and write the resolved recipe beside each export.
 
+    A mask that `select_tokens` has written for this recipe is used.
+
     Returns:
         The folders of the exports, one per format.
+
+    Raises:
+        ValueError: That mask was made for other calibration tokens.
     """
-    _, folders = build(recipe).quantize_and_save(recipe.output, format=recipe.format)
+    config = recipe.algorithm_config()
+    mask = _reusable_mask(recipe, config)
+    if mask is not None:
+        config.token_mask, config.tau, config.shift_threshold = mask, None, None
+    autoround = build(recipe, config=config)
+    _, folders = autoround.quantize_and_save(recipe.output, format=recipe.format)
     paths = [Path(f) for f in ([folders] if isinstance(folders, str) else folders)]
     for path in paths:
         write_resolved(recipe, path)
