@@ -505,6 +505,25 @@ def format_summary(
     return "\n".join(lines)
 
 
+def format_selected(results: Iterable[dict[str, Any]]) -> str:
+    """Which share of the calibration tokens SRA's cells aligned their routers on."""
+    shares: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    for result in results:
+        if "selected_tokens" in result:
+            options = METHODS.get(result["method"]) or {}
+            tau = f"{options.get('tau', 1e-4):g}"
+            key_ = result["model"], result["scheme"], tau
+            shares[key_].append(100 * result["selected_tokens"])
+    lines = ["| model | scheme | tau | selected tokens % |", "|---|---|---|---|"]
+    for model in MODELS:
+        for scheme in SCHEMES:
+            taus = {t for m, s, t in shares if (m, s) == (model, scheme)}
+            for tau in sorted(taus, key=float):
+                mean = statistics.mean(shares[model, scheme, tau])
+                lines.append(f"| {model} | {scheme} | {tau} | {mean:.1f} |")
+    return "\n".join(lines)
+
+
 def plot(table: dict[tuple[str, str, str], Row], path: Path) -> None:
     import matplotlib
 
@@ -512,7 +531,9 @@ def plot(table: dict[tuple[str, str, str], Row], path: Path) -> None:
     from matplotlib import pyplot
 
     cells = [(m, s) for m in MODELS for s in SCHEMES if (m, s, "AutoRound") in table]
-    methods = [m for m in METHODS if m not in ("RTN", "RTN" + REFIT, "AutoRound")]
+    shown = {method for _, _, method in table}
+    methods = [m for m in METHODS if m in shown and not m.startswith("RTN")]
+    methods.remove("AutoRound")
     figure, axes = pyplot.subplots(
         1,
         len(cells),
@@ -589,6 +610,7 @@ if __name__ == "__main__":
             arguments.nsamples,
         )
         print(format_table(table), "\n")
-        print(format_summary(table, arguments.summary_schemes))
+        print(format_summary(table, arguments.summary_schemes), "\n")
+        print(format_selected(read_results(arguments.results)))
         if arguments.plot:
             plot(table, arguments.plot)
