@@ -48,7 +48,8 @@ compares.
 - z are the raw logits. "identity" is the choice of the highest logits, whatever
   increasing function follows. Groups are those of the tiny model.
 - Status "works": routers are captured as transformers itself records them, the choice
-  is the model's own, the run aligns them, and the export keeps them in full precision
+  is the model's own (where it is known, and seen to reach the experts), the run aligns
+  them, and the export keeps them in full precision
   and passes `vsraq verify`.
 """
 WORKS = "works"

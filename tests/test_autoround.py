@@ -467,7 +467,7 @@ def test_a_pattern_aligns_some_routers_only(quantize, vsraq_log):
     pattern = r"self_attention\.experts\.router\.layer"
     config = VSRAQConfig(iters=2, router_weight=1.0, router_pattern=pattern)
     quantize(families.tiny_family("jetmoe"), config)
-    assert "vsraq: 3 routers;" in vsraq_log[0]
+    assert any(m.startswith("vsraq: 3 routers;") for m in vsraq_log)
 
 
 def test_a_pattern_that_finds_others_in_a_block_ends_the_run(quantize):

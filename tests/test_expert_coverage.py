@@ -108,6 +108,21 @@ def test_unreached_experts_end_the_run_if_asked(quantize):
         quantize(starving(), config)
 
 
+def test_two_blocks_at_once_have_their_own_names(export):
+    config = VSRAQConfig(iters=1, router_weight=1.0, nblocks=2)
+    counts = export(tiny.tiny_model(FAMILY), config)
+    assert list(counts["routers"]) == [
+        "model.layers.0.mlp.gate",
+        "model.layers.1.mlp.gate",
+    ]
+
+
+def test_options_that_count_nothing():
+    for option in ({"min_tokens_per_expert": 5}, {"on_unreached": "error"}):
+        with pytest.raises(ValueError, match="no effect without a part of the align"):
+            VSRAQConfig(router_weight=0, **option)
+
+
 def test_a_higher_minimum(quantize, vsraq_log):
     config = VSRAQConfig(iters=1, router_weight=1.0, min_tokens_per_expert=10_000)
     quantize(tiny.tiny_model(FAMILY), config)

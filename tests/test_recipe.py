@@ -9,6 +9,7 @@ from vsraq.autoround.config import Alignment
 from vsraq.checkpoint import Checkpoint
 from vsraq.cli import main
 from vsraq.demo import model_path
+from vsraq.objectives import OBJECTIVES
 from vsraq.recipe import Recipe, load_recipe, parse_recipe
 from vsraq.token_selection import TokenMask
 
@@ -132,6 +133,24 @@ def test_bad_files_and_overrides(text, overrides, message, tmp_path):
         load_recipe(path, overrides)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"objective": name} for name in OBJECTIVES]
+    + [
+        {"objective": "topk_mse", "multiplier": "all"},
+        {"objective": "sra", "token_mask": "mask.safetensors"},
+        {"objective": "sra", "tau": 0.01, "shift_threshold": 0.1},
+        {"realign_routers": True},
+    ],
+    ids=str,
+)
+def test_a_resolved_recipe_is_a_recipe(options):
+    recipe = parse_recipe(MINIMAL | {"algorithm": {"router_weight": 0.5} | options})
+    again = parse_recipe(yaml.safe_load(yaml.safe_dump(recipe.resolved())))
+    assert again.algorithm_config().alignment == recipe.algorithm_config().alignment
+    assert again.resolved() == recipe.resolved()
+
+
 def test_the_resolved_recipe_is_complete_and_runs_again():
     recipe = parse_recipe(MINIMAL | {"algorithm": {"objective": "topk_mse"}})
     resolved = recipe.resolved()
@@ -226,6 +245,9 @@ def test_selected_tokens_are_written_and_found_again(
     assert main(["quantize", *arguments, "algorithm.tau=0.2"]) == 0
     assert any("tokens are selected anew" in m for m in vsraq_log)
     assert any(m.startswith("vsraq: selected ") for m in vsraq_log)
+    vsraq_log.clear()
+    assert main(["quantize", *arguments, "scheme=W3A16"]) == 0
+    assert any("tokens are selected anew" in m for m in vsraq_log)
     other = [*arguments, "calibration.seed=1"]
     assert main(["quantize", *other]) == 1
     assert "token mask: calibration sample" in capsys.readouterr().err

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+import families
 import tiny
 from vsraq.routers import (
     Router,
@@ -123,6 +124,25 @@ def test_a_pattern_names_routers_that_are_not_found():
     assert find_routers(model, router_pattern="ate") == ()
     with pytest.raises(ValueError, match=r"matches '0.experts' \(Identity\)"):
         find_routers(model, router_pattern=r".*experts")
+
+
+def test_a_pattern_keeps_the_rule():
+    """Also where the map is inside the router, and the bias beside it."""
+    model = families.tiny_family("afmoe")
+    assert find_routers(model, router_pattern=r"router\.gate") == find_routers(model)
+
+
+class _BiasBeside(_OldMoE):
+    """Remote code: the layer adds the bias to what a linear gate returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.expert_bias = nn.Parameter(torch.zeros(4))
+
+
+def test_a_bias_beside_a_linear_gate_is_not_overlooked():
+    (router,) = find_routers(nn.Sequential(_BiasBeside()))
+    assert router.rule is None
 
 
 class _TwoMatricesMoE(nn.Module):

@@ -1,11 +1,14 @@
 """Runs that align their routers on selected tokens only."""
 
+import gc
+
 import pytest
 import torch
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 
 import tiny
 from test_autoround import padded, same, tuned, weights
+from test_capture import hook_count
 from vsraq import VSRAQConfig
 from vsraq.token_selection import Sampling, TokenMask
 
@@ -100,24 +103,58 @@ def test_no_selected_token_is_no_router_loss(quantize, vsraq_log):
 
 def test_masks_multiply(quantize):
     """A selected token that is padding does not count."""
-    halves = [torch.arange(tiny.SEQLEN) < tiny.SEQLEN // 2 for _ in range(8)]
-    samples = padded(0)
-    by_padding = tuned(
-        quantize,
-        config(token_mask=mask_of([~h | h for h in halves], samples)),
-        dataset=samples,
-    )
-    assert same(by_padding, tuned(quantize, config("ra"), dataset=samples))
+    samples, half = padded(0), torch.arange(tiny.SEQLEN) < tiny.SEQLEN // 2
+    quarter = torch.arange(tiny.SEQLEN) < tiny.SEQLEN // 4
+
+    def run(mask):
+        masked = config(token_mask=mask_of([mask] * 8, samples))
+        return tuned(quantize, masked, dataset=samples)
+
+    # the second half is padding: selecting some of it changes nothing
+    some_padding = half.roll(tiny.SEQLEN // 4)
+    assert same(run(some_padding), run(some_padding & half))
+    assert not same(run(some_padding), run(quarter))
 
 
-def test_selected_at_the_start_of_the_run(quantize, vsraq_log, tmp_path):
-    """The same as with that mask given, from memory or from a file."""
-    computed = tuned(quantize, config(tau=0.05))
+def test_selected_at_the_start_of_the_run(quantize, vsraq_log):
+    """The same as with that mask given."""
+    run, model = quantize(tiny.tiny_model(FAMILY), config(tau=0.05))
+    computed, mask = weights(model), run.alg_composer.block_quantizer.token_mask
+    assert same(computed, tuned(quantize, config(token_mask=mask)))
     (line,) = [m for m in vsraq_log if "vsraq: selected" in m]
     assert "of 256 tokens" in line
     assert "tau=0.05" in line
     assert not same(computed, tuned(quantize, config("ra")))
     assert same(computed, tuned(quantize, config(tau=0.05)))
+
+
+def test_a_refused_run_leaves_no_hook(quantize):
+    model = tiny.tiny_model("qwen3_moe")
+    with pytest.raises(ValueError, match="chooses the highest logits"):
+        quantize(model, config(rank_by="selection"))
+    gc.collect()
+    assert hook_count(model) == 0
+
+
+def test_a_re_fit_without_selected_tokens_is_refused(quantize):
+    masked = config(token_mask=constant(False), realign_routers=True)
+    with pytest.raises(ValueError, match="0 samples have selected tokens"):
+        quantize(tiny.tiny_model(FAMILY), masked)
+
+
+def test_an_automatic_weight_is_found_where_tokens_are_selected(quantize, vsraq_log):
+    """Not in the first micro-batch, which may have none."""
+    masks = [torch.full((tiny.SEQLEN,), index > 3) for index in range(8)]
+    masked = config(token_mask=mask_of(masks), router_weight="auto")
+    quantize(tiny.tiny_model(FAMILY), masked)
+    assert all(float(line["weight"]) > 0 for line in tiny.block_lines(vsraq_log))
+
+
+def test_nothing_to_align_selects_nothing(quantize, vsraq_log):
+    zero = VSRAQConfig(iters=1, objective="sra", router_weight=0)
+    assert not zero.alignment.token_selection
+    quantize(tiny.tiny_model(FAMILY), zero)
+    assert not any("selected" in m for m in vsraq_log)
 
 
 def test_any_objective_may_be_masked(quantize):
@@ -147,6 +184,8 @@ def test_a_mask_of_other_tokens_is_refused(quantize):
         ({"token_selection": False}, "token_selection=False: objective 'sra' is for"),
         ({"tau": -1.0}, "tau=-1.0: allowed is a finite number >= 0"),
         ({"shift_threshold": 1.5}, "shift_threshold=1.5: allowed is a fraction"),
+        ({"token_mask": 123}, "token_mask=123: allowed is a TokenMask, the path"),
+        ({"tau": "x"}, "tau='x': allowed is a finite number"),
         ({"token_selection": "yes"}, "token_selection='yes': allowed is True or"),
     ],
 )

@@ -44,14 +44,14 @@ class ExpertCoverage:
 
         Args:
             router: The router's name.
-            num_experts: E.
+            num_experts: Experts with weights; choices behind them do not count.
             selected: The experts that it chose, (T, K).
             mask: Tokens that count, (T,), or None for all.
         """
         if mask is not None:
             selected = selected[mask.to(selected.device).bool()]
         counts = torch.bincount(selected.flatten().long(), minlength=num_experts)
-        self.tokens[router] = self.tokens.get(router, 0) + counts.cpu()
+        self.tokens[router] = self.tokens.get(router, 0) + counts[:num_experts].cpu()
 
     def starved(self, router: str) -> list[int]:
         """Experts with fewer than `min_tokens` tokens."""

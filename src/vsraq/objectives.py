@@ -56,6 +56,10 @@ def _top_m_ranks(top_k: int, num_experts: int, values: Mapping[str, Any]) -> int
     return values["top_m"] or num_experts
 
 
+def _all_or_top_m(top_k: int, num_experts: int, _: Mapping[str, Any]) -> int:
+    return num_experts  # the squared error reads all
+
+
 @dataclass(frozen=True)
 class Objective:
     """A per-token router loss with its hyper-parameters.
@@ -174,7 +178,7 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
             Objective("margin", margin_loss, {}, _near_boundary),
             Objective("pairwise_margin", pairwise_margin_loss, {}, _near_boundary),
             Objective("router_kl", router_kl, {}, _top_m_ranks),
-            Objective("mse_kl", mse_kl),
+            Objective("mse_kl", mse_kl, {}, _all_or_top_m),
             Objective("input_mse", input_mse, compares="inputs"),
         )
     }

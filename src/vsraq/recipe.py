@@ -20,7 +20,7 @@ import inspect
 import logging
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -149,10 +149,11 @@ class Recipe:
 
 def _final_value(config: SignRoundConfig, name: str) -> Any:
     """An option's value; what the parts of the alignment leave to each other too."""
-    alignment = getattr(config, "alignment", None)
-    if alignment is None or not hasattr(alignment, name):
+    if not isinstance(config, VSRAQConfig):
         return getattr(config, name, None)
-    return None if name in alignment.idle() else getattr(alignment, name)
+    if name in config.idle():
+        return None
+    return getattr(config.alignment, name, getattr(config, name, None))
 
 
 class _Loader(yaml.SafeLoader):
@@ -291,9 +292,21 @@ def select_tokens(recipe: Recipe) -> Selection:
     except SelectionDoneError as done:
         path = mask_path(recipe)
         path.parent.mkdir(parents=True, exist_ok=True)
-        done.selection.mask.save(path)
+        mask = replace(
+            done.selection.mask, model=recipe.model, scheme=_rounding(recipe)
+        )
+        mask.save(path)
         return done.selection
     raise RuntimeError("AutoRound ended the run before it selected tokens")
+
+
+def _rounding(recipe: Recipe) -> str:
+    """All that decides how a recipe rounds the model."""
+    fields_of_scheme = set(QuantizationScheme.get_attributes())
+    own = {k: v for k, v in recipe.algorithm.items() if k in fields_of_scheme}
+    layers = ("ignore_layers", "layer_config", "quant_lm_head", "to_quant_block_names")
+    own |= {k: v for k, v in recipe.runtime.items() if k in layers}
+    return f"{recipe.scheme} {own}" if own else recipe.scheme
 
 
 def _selects_tokens(config: SignRoundConfig) -> bool:
@@ -310,12 +323,13 @@ def _reusable_mask(recipe: Recipe, config: SignRoundConfig) -> Path | None:
     if not _selects_tokens(config) or not path.is_file():
         return None
     mask, alignment = TokenMask.load(path), config.alignment
-    made = (mask.model, mask.tau, mask.shift_threshold)
-    wanted = (recipe.model, alignment.tau, alignment.shift_threshold)
+    made = (mask.model, mask.scheme, mask.tau, mask.shift_threshold)
+    thresholds = (alignment.tau, alignment.shift_threshold)
+    wanted = (recipe.model, _rounding(recipe), *thresholds)
     if made != wanted:
         logger.warning(
-            "vsraq: %s was made with model, tau, shift_threshold = %s, this run has "
-            "%s: tokens are selected anew",
+            "vsraq: %s was made with model, scheme, tau, shift_threshold = %s, this "
+            "run has %s: tokens are selected anew",
             path,
             made,
             wanted,

@@ -135,10 +135,22 @@ def _matching(module: nn.Module, pattern: str) -> tuple[Router, ...]:
                 f"({type(candidate).__name__}): allowed are modules with a weight "
                 "(num_experts, hidden)"
             )
-        parent_name, _, own = name.rpartition(".")
-        rows = _rows(candidate)
+        parent_name, own = _around(module, name)
+        experts = _experts_beside(module.get_submodule(parent_name))
+        rows = _rows(candidate) if experts is None else experts
         routers.append(_describe(module, parent_name, own, rows, learned))
     return tuple(routers)
+
+
+def _around(module: nn.Module, name: str) -> tuple[str, str]:
+    """The module that holds a router and its experts, and the router's name in it."""
+    parts = name.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        parent_name, own = ".".join(parts[:depth]), ".".join(parts[depth:])
+        parent = module.get_submodule(parent_name)
+        if _experts_beside(parent) and own in dict(_children_below(parent)):
+            return parent_name, own
+    return ".".join(parts[:-1]), parts[-1]
 
 
 def declared_router_classes(model: nn.Module) -> tuple[type, ...]:
@@ -312,7 +324,7 @@ def _rule(router: Router) -> SelectionRule:
         raise ValueError(
             f"router {router.name!r}: which experts it chooses is unknown, because "
             f"{router.unverified}; allowed are routers that choose the top K of a "
-            'function of their logits; rank_by="logits" needs no rule'
+            "function of their logits, so leave out the option that asks for the choice"
         )
     return router.rule
 

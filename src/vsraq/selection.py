@@ -208,7 +208,15 @@ def learn_selection(
             for index in range(len(_BIASES))
         ]
     except _ReturnsLogitsError as error:
-        if biases or outer or groups[0] > 1:
+        beside = [
+            name
+            for name, tensor in (
+                *parent.named_parameters(recurse=False),
+                *parent.named_buffers(recurse=False),
+            )
+            if "bias" in name and tensor.numel() == num_experts
+        ]
+        if biases or outer or beside or groups[0] > 1:
             return LearnedSelection(None, unverified=str(error))
         return LearnedSelection(
             HIGHEST_LOGITS, unverified=f"{error}; taken is that the highest win"
@@ -217,6 +225,8 @@ def learn_selection(
         return LearnedSelection(None, unverified=str(error))
     top_k = answers[0].chosen.shape[-1]
     calls_linear = answers[0].calls_linear
+    if num_experts % groups[0] or num_experts < 2 * groups[0]:
+        groups = (1, 1)  # not groups of these experts
     scalars = [v for v in vars(owner).values() if isinstance(v, float) and v > 0]
     names = [*biases.values(), *outer.values()]
     for rule in _rules(len(names) == 1, groups, scalars):
@@ -352,6 +362,10 @@ def _indices(output: Any, num_experts: int) -> Tensor | None:
             and value.numel() == _TOKENS * value.shape[-1]
             and value.shape[-1] <= num_experts
         ):
+            if not 0 <= int(value.min()) <= int(value.max()) < num_experts:
+                raise _CannotAskError(
+                    f"it returns indices outside of its {num_experts} experts"
+                )
             return value.reshape(_TOKENS, -1)
     return None
 

@@ -298,7 +298,7 @@ def check_thresholds(tau: float, shift_threshold: float | None) -> None:
     Raises:
         ValueError: A threshold is not allowed.
     """
-    if not 0 <= tau < float("inf"):
+    if not isinstance(tau, int | float) or not 0 <= tau < float("inf"):
         raise ValueError(f"tau={tau!r}: allowed is a finite number >= 0, in nats")
     if shift_threshold is not None and not 0 <= shift_threshold < 1:
         raise ValueError(

@@ -47,28 +47,39 @@ def check_router(
             )
 
 
-def check_selection(routers: Sequence[Router]) -> None:
-    """Refuse to rank by a selection that is unknown, or that ranks as the logits do.
+def check_selection(alignment: Alignment, routers: Sequence[Router]) -> None:
+    """Refuse options that ask for a selection that is unknown, or the logits' own.
 
     Raises:
         ValueError: A router's rule is unknown, or every router chooses the highest
-            logits.
+            logits and the losses are to rank by its selection.
     """
-    for router in routers:
-        if router.rule is None:
+    asks = {
+        f"rank_by={alignment.rank_by!r}": alignment.rank_by != "logits",
+        f"realign_weighting={alignment.realign_weighting!r}": alignment.realign_routers
+        and alignment.realign_weighting != "uniform",
+        f"shift_threshold={alignment.shift_threshold}": alignment.token_selection
+        and alignment.shift_threshold is not None,
+    }
+    for option in (option for option, asked in asks.items() if asked):
+        for router in (router for router in routers if router.rule is None):
             raise ValueError(
-                f'rank_by="selection": which experts router {router.name} chooses is '
-                f"unknown, because {router.unverified}; allowed are routers that take "
-                'the top K of a function of their logits; use rank_by="logits"'
+                f"{option}: which experts router {router.name} chooses is unknown, "
+                f"because {router.unverified}; allowed are routers that take the top K "
+                "of a function of their logits; leave the option out"
             )
-    if all(router.rule is not None and router.rule.by_logits for router in routers):
+    if alignment.rank_by == "selection" and all(
+        router.rule is not None and router.rule.by_logits for router in routers
+    ):
         raise ValueError(
             'rank_by="selection": every router of this model chooses the highest '
             'logits, so it ranks as "logits" does; leave rank_by out'
         )
 
 
-def check_smoothing(routers: Sequence[Router], composer: "AlgorithmComposer") -> None:
+def check_smoothing(
+    model: nn.Module, routers: Sequence[Router], composer: "AlgorithmComposer"
+) -> None:
     """Refuse AWQ mappings that change what a router reads, and not the router.
 
     AWQ divides a norm's output by scales and multiplies the layers behind it with them.
@@ -77,10 +88,14 @@ def check_smoothing(routers: Sequence[Router], composer: "AlgorithmComposer") ->
     Raises:
         ValueError: A mapping would change the routing of the model.
     """
+    layers = {
+        router: [c.rpartition(".")[0] for c in expert_containers(model, [router])]
+        for router in routers
+    }
     for member in composer.members():
         for mapping in getattr(member, "_resolved_mappings", ()):
-            for router in routers:
-                around = f"{router.name.rpartition('.')[0]}."
+            for router, moe in layers.items():
+                around = tuple(f"{name}." for name in moe)
                 inside = [n for n in mapping.balance_names if n.startswith(around)]
                 if (
                     inside

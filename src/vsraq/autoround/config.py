@@ -28,6 +28,7 @@ _HYPERPARAMETERS = (
     "rank_weight",
     "margin_weight",
     "top_m",
+    "kl_weight",
 )
 
 
@@ -152,9 +153,9 @@ class VSRAQConfig(SignRoundConfig):
         realign_weighting: Which errors of the logits it fits: "uniform" (None),
             "top_3k" or "boundary"; see `vsraq.realignment.error_weights`.
         min_tokens_per_expert: Experts that get fewer calibration tokens than this are
-            named at the end of the run.
-        on_unreached: "warn" of them, or end the run at the first block that has some
-            ("error").
+            named at the end of the run; None is 1.
+        on_unreached: "warn" of them (None), or end the run at the first block that
+            has some ("error").
         multiplier: Of `topk_mse`: how many times K ranks count, or "all".
         boundary: Of `vsraq`, `margin` and `pairwise_margin`: b.
         alpha: Of `vsraq`: share of the sigmoid-aware term.
@@ -164,7 +165,8 @@ class VSRAQConfig(SignRoundConfig):
         rank_margin: Of `vsraq`: margin of its rank term.
         rank_weight: Of `vsraq`: weight of its rank term.
         margin_weight: Of `vsraq`: weight of its margin term.
-        top_m: Of `router_kl`: ranks that take part.
+        top_m: Of `router_kl` and `mse_kl`: ranks that take part in the KL.
+        kl_weight: Of `mse_kl`: weight of its KL.
         **kwargs: Arguments of `SignRoundConfig` (`iters`, `lr`, `nblocks`, ...).
 
     None leaves a hyper-parameter at the objective's own default.
@@ -193,8 +195,8 @@ class VSRAQConfig(SignRoundConfig):
         realign_routers: bool | None = None,
         realign_ridge: float | None = None,
         realign_weighting: Weighting | None = None,
-        min_tokens_per_expert: int = 1,
-        on_unreached: OnUnreached = "warn",
+        min_tokens_per_expert: int | None = None,
+        on_unreached: OnUnreached | None = None,
         multiplier: int | Literal["all"] | None = None,
         boundary: int | None = None,
         alpha: float | None = None,
@@ -205,6 +207,7 @@ class VSRAQConfig(SignRoundConfig):
         rank_weight: float | None = None,
         margin_weight: float | None = None,
         top_m: int | None = None,
+        kl_weight: float | None = None,
         **kwargs: Any,
     ) -> None:
         iters = kwargs.get("iters", 1)
@@ -243,6 +246,7 @@ class VSRAQConfig(SignRoundConfig):
         self.rank_weight = rank_weight
         self.margin_weight = margin_weight
         self.top_m = top_m
+        self.kl_weight = kl_weight
         self.check_alignment()
 
     @property
@@ -250,19 +254,24 @@ class VSRAQConfig(SignRoundConfig):
         """The parts that are on: those that are named, or else the default recipe."""
         names = [field.name for field in fields(Alignment)]
         named = {n: v for n in names if (v := getattr(self, n)) is not None}
-        if self.token_selection is None:
-            named["token_selection"] = self._is_selective()
         if not named.keys() & {
             "router_weight",
             "next_router_weight",
             "realign_routers",
         }:
-            return replace(DEFAULT_RECIPE, **named)
-        return Alignment(**named)
+            alignment = replace(DEFAULT_RECIPE, **named)
+        else:
+            alignment = Alignment(**named)
+        if self.token_selection is None and self._is_selective(alignment):
+            return replace(alignment, token_selection=True)
+        return alignment
 
-    def _is_selective(self) -> bool:
-        """Whether the objective is meant for selected tokens."""
-        return self.resolve_objective().selects_tokens
+    def _is_selective(self, alignment: Alignment) -> bool:
+        """Whether an objective that takes part is meant for selected tokens."""
+        next_objective = self.resolve_next_objective()
+        return (bool(alignment) and self.resolve_objective().selects_tokens) or (
+            alignment.next_router_weight != 0 and next_objective.selects_tokens
+        )
 
     def resolve_objective(self) -> Objective:
         """The objective with the hyper-parameters of this configuration.
@@ -299,11 +308,19 @@ class VSRAQConfig(SignRoundConfig):
         self.resolve_objective()
         self.resolve_next_objective()
         self._check_weights()
+        if self.token_mask is not None and not isinstance(
+            self.token_mask, TokenMask | str | Path
+        ):
+            raise ValueError(
+                f"token_mask={self.token_mask!r}: allowed is a TokenMask, the path of "
+                "one, or None"
+            )
         check_thresholds(self.alignment.tau, self.alignment.shift_threshold)
         self._check_without_effect()
-        counts = ("nblocks", "gradient_accumulate_steps", "min_tokens_per_expert")
-        for name in counts:
+        for name in ("nblocks", "gradient_accumulate_steps", "min_tokens_per_expert"):
             value = getattr(self, name)
+            if value is None and name == "min_tokens_per_expert":
+                continue
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r}: allowed is an int >= 1")
         if self.lookahead is not None and (
@@ -322,7 +339,7 @@ class VSRAQConfig(SignRoundConfig):
             value = getattr(self, name)
             if value is not None and not isinstance(value, bool):
                 raise ValueError(f"{name}={value!r}: allowed is True or False")
-        if self.token_selection is False and self._is_selective():
+        if self.token_selection is False and self._is_selective(self.alignment):
             raise ValueError(
                 f"token_selection=False: objective {self.objective!r} is for selected "
                 'tokens; allowed is None or True, or objective="ra" for all tokens'
@@ -360,6 +377,16 @@ class VSRAQConfig(SignRoundConfig):
 
     def _check_without_effect(self) -> None:
         """Refuse options that would change nothing."""
+        for name, what in self.idle().items():
+            value = getattr(self, name)
+            if value is not None:
+                raise ValueError(
+                    f"{name}={value!r}: it has no effect without {what}; pass that "
+                    f"too, or leave {name} out"
+                )
+
+    def idle(self) -> dict[str, str]:
+        """Options that have no effect, and what each of them needs."""
         alignment = self.alignment
         needed = alignment.idle()
         if not alignment.token_selection:
@@ -376,19 +403,15 @@ class VSRAQConfig(SignRoundConfig):
             term = "a term that has this objective (router_weight)"
             needed |= dict.fromkeys(_HYPERPARAMETERS, term)
         if not alignment:
-            needed["router_pattern"] = "a part of the alignment that is on"
+            part = "a part of the alignment that is on"
+            names = ("router_pattern", "min_tokens_per_expert", "on_unreached")
+            needed |= dict.fromkeys(names, part)
         read = [self.resolve_objective()] if own_is_read else []
         if alignment.next_router_weight != 0:
             read.append(self.resolve_next_objective())
         if read and not any(objective.depends_on_ranking for objective in read):
             needed["rank_by"] = "an objective that does not treat all experts alike"
-        for name, what in needed.items():
-            value = getattr(self, name)
-            if value is not None:
-                raise ValueError(
-                    f"{name}={value!r}: it has no effect without {what}; pass that "
-                    f"too, or leave {name} out"
-                )
+        return needed
 
     def check_config(self) -> None:
         """AutoRound's check of a configuration, plus `check_alignment`."""

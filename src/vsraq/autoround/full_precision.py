@@ -168,6 +168,8 @@ class FullPrecisionCapture:
         try:
             kept = self._capture.take()
         except RuntimeError as error:
+            if not self._alignment.reads_full_precision:
+                return FpRouters({}, {})  # tokens are not counted then
             if forward is None:
                 raise RuntimeError(
                     f"block {name}: no full-precision router logits were captured, and "

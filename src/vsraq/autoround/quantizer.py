@@ -70,6 +70,7 @@ from vsraq.realignment import record_realignment, refit_router
 from vsraq.routers import (
     Router,
     correction_bias,
+    count_experts,
     declared_router_classes,
     find_routers,
     router_logits,
@@ -82,6 +83,14 @@ if TYPE_CHECKING:
 
 # A child of AutoRound's logger: its handler and level, no configuration of our own.
 logger = logging.getLogger("autoround.vsraq")
+
+
+def _full_name(blocks: Sequence[str], router: str) -> str:
+    """A router's name in the model, from its name in one block or several at once."""
+    if len(blocks) == 1:
+        return f"{blocks[0]}.{router}"
+    _layers, index, own = router.split(".", 2)  # AutoRound's WrapperMultiblock
+    return f"{blocks[int(index)]}.{own}"
 
 
 @contextmanager
@@ -133,7 +142,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
         self._layer_config: Any = None
         self._router_classes: tuple[type, ...] = ()
         self._fp_capture: FullPrecisionCapture | None = None
-        self._coverage = ExpertCoverage(config.min_tokens_per_expert)
+        self._coverage = ExpertCoverage()
         self._run: BlockRun | None = None
         self._recorder: TokenRecorder | None = None
         self.token_mask: TokenMask | None = None
@@ -158,7 +167,9 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 self.model, router_pattern=self.config.router_pattern
             )
         if self._alignment.token_selection:
-            self._recorder = TokenRecorder(self.model)
+            self._given_mask()  # a file that is not there ends the run now
+            if hasattr(self.model, "get_input_embeddings"):
+                self._recorder = TokenRecorder(self.model)
         # AutoRound 0.16 stores nblocks on the config and never reads it from there.
         if self.config.nblocks != 1:
             orchestrator.nblocks = self.config.nblocks
@@ -193,7 +204,9 @@ class VSRAQQuantizer(SignRoundQuantizer):
             NotImplementedError: Its hidden states are not (batch, sequence, hidden),
                 its blocks cannot be run ahead, or several processes tune together.
         """
+        token_ids = None if self._recorder is None else self._recorder.take()
         super().prepare_run(composer=composer)
+        self._coverage = ExpertCoverage(self.config.min_tokens_per_expert or 1)
         if envs.AR_RESUME_DIR:
             guard_resume(envs.AR_RESUME_DIR, self._settings(composer))
         for group in self._orchestrator.quant_block_list or self._block_groups():
@@ -203,21 +216,22 @@ class VSRAQQuantizer(SignRoundQuantizer):
         if self._alignment:
             self._check_model(composer)
         if self._alignment.token_selection:
-            self._select_tokens(composer)
+            self._select_tokens(composer, token_ids)
 
     def _given_mask(self) -> TokenMask | None:
         """The mask that the configuration names."""
         mask = self.config.token_mask
         return TokenMask.load(mask) if isinstance(mask, str | Path) else mask
 
-    def _select_tokens(self, composer: "AlgorithmComposer | None") -> None:
+    def _select_tokens(
+        self, composer: "AlgorithmComposer | None", token_ids: list[Tensor] | None
+    ) -> None:
         """Find the tokens that the routers are aligned on."""
-        if self._recorder is None or composer is None:
+        if token_ids is None or composer is None:
             raise NotImplementedError(
                 "token_selection: single blocks do not tell which tokens they see; "
                 "allowed are runs of a whole model through AutoRound"
             )
-        token_ids = self._recorder.take()
         mask = self._given_mask()
         if mask is None:
             selection = select_tokens(
@@ -242,6 +256,14 @@ class VSRAQQuantizer(SignRoundQuantizer):
         warning = mask.warning()
         if warning is not None:
             logger.warning("vsraq: %s", warning)
+        if self._alignment.realign_routers:
+            fitted = sum(bool(own.any()) for own in mask.masks)
+            if fitted < 2:
+                raise ValueError(
+                    f"token mask: {fitted} samples have selected tokens; re-fitting "
+                    "routers needs 2 or more, so lower tau, calibrate on more, or "
+                    "pass realign_routers=False"
+                )
         self.token_mask = mask
 
     def _block_groups(self) -> list[list[str]]:
@@ -274,10 +296,11 @@ class VSRAQQuantizer(SignRoundQuantizer):
         for router in routers:
             check_router(self.model, router, (self._objective, self._next_objective))
         check_run(alignment, self.calibration_context)
-        if alignment.rank_by == "selection":
-            check_selection(routers)
+        check_selection(alignment, routers)
         if composer is not None:
-            check_smoothing(routers, composer)
+            check_smoothing(self.model, routers, composer)
+        for reason in dict.fromkeys(r.unverified for r in routers if r.unverified):
+            logger.info("vsraq: which experts a router chooses: %s", reason)
         if self.compress_context.enable_torch_compile:
             # Code compiled for an earlier run of this process knows no router hook,
             # and torch.compile does not look whether there is one.
@@ -322,7 +345,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
         if self._recorder is not None:
             self._recorder.close()
         self._report_coverage()
-        self._coverage = ExpertCoverage(self.config.min_tokens_per_expert)
+        self._coverage = ExpertCoverage(self._coverage.min_tokens)
 
     # ── Full-precision side ──────────────────────────────────────────────────
 
@@ -410,7 +433,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
         if not self._checked:  # llm-compressor's single blocks are not prepared
             self._check_model(None)
             if self._alignment.token_selection:
-                self._select_tokens(None)
+                self._select_tokens(None, None)
         name = "+".join(block_ctx.block_names)
         routers = self._routers_of(block)
         expected = sum(
@@ -436,10 +459,11 @@ class VSRAQQuantizer(SignRoundQuantizer):
         best_params = self._tune(
             tune, name, last_block, routers, fp_targets, block, tensors
         )
-        self._count_tokens(name, routers, fp_routers, len(tensors.fp_outputs))
+        names = {r.name: _full_name(block_ctx.block_names, r.name) for r in routers}
+        self._count_tokens(block, routers, names, fp_routers, len(tensors.fp_outputs))
         if self._alignment.realign_routers:
             for router in routers:
-                self._refit(name, block, router, fp_targets, tensors)
+                self._refit(names[router.name], block, router, fp_targets, tensors)
         return best_params
 
     def _tune(
@@ -598,8 +622,12 @@ class VSRAQQuantizer(SignRoundQuantizer):
         """Find which layers each term reaches, and balance automatic weights."""
         automatic = any(term.weight == "auto" for term in run.terms)
         # A micro-batch, not one sample: experts that get no token look unreached.
-        samples = tensors.batches(self.block_forward.batch_size)[0]
         valid_token_mask = getattr(self, "_cached_valid_token_mask", None)
+        batches = tensors.batches(self.block_forward.batch_size)
+        samples = batches[0]
+        if self.token_mask is not None:  # without a selected token none is reached
+            selected = self.token_mask
+            samples = max(batches, key=lambda b: int(selected.of_samples(b).sum()))
         mask = self._mask(valid_token_mask, samples)
         with torch.enable_grad(), eager():
             output = self.block_forward.forward(
@@ -650,8 +678,9 @@ class VSRAQQuantizer(SignRoundQuantizer):
 
     def _count_tokens(
         self,
-        name: str,
+        block: nn.Module,
         routers: Sequence[Router],
+        names: dict[str, str],
         fp_routers: FpRouters,
         samples: int,
     ) -> None:
@@ -661,14 +690,15 @@ class VSRAQQuantizer(SignRoundQuantizer):
         for router in routers:
             if router.name not in fp_routers.selected:
                 continue
-            full_name = f"{name}.{router.name}"
+            full_name = names[router.name]
             selected = fp_routers.selected[router.name]
-            self._coverage.add(full_name, router.num_experts, selected, mask)
+            experts = count_experts(block, router)
+            self._coverage.add(full_name, experts, selected, mask)
             starved = self._coverage.starved(full_name)
             if starved and self.config.on_unreached == "error":
                 raise ValueError(
                     f"router {full_name}: experts {starved} got fewer than "
-                    f"min_tokens_per_expert={self.config.min_tokens_per_expert} "
+                    f"min_tokens_per_expert={self._coverage.min_tokens} "
                     'calibration tokens; allowed with on_unreached="error" is none; '
                     "calibrate on more or other text (nsamples, seqlen, dataset), or "
                     'pass on_unreached="warn"'
@@ -731,7 +761,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
 
         with torch.no_grad(), eager():
             refit = refit_router(
-                replace(router, name=f"{name}.{router.name}"),
+                replace(router, name=name),
                 module,
                 samples(),
                 correction_bias=correction_bias(block, router),

@@ -9,6 +9,7 @@ random number is drawn.
 """
 
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -71,10 +72,16 @@ class TokenRecorder:
     def __init__(self, model: nn.Module) -> None:
         self._token_ids: list[Tensor] = []
         embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-        self._handle = embedding.register_forward_pre_hook(self._keep)
+        own = weakref.ref(self)
 
-    def _keep(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._token_ids += args[0].detach().cpu().split(1)
+        def keep(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            recorder = own()
+            if recorder is not None:
+                recorder._token_ids += args[0].detach().cpu().split(1)
+
+        self._handle = embedding.register_forward_pre_hook(keep)
+        # a run that fails before it takes the ids must not leave the hook
+        weakref.finalize(self, self._handle.remove)
 
     def take(self) -> list[Tensor]:
         """The ids of every sample so far, (1, S) each, in order; closes the recorder.
@@ -252,6 +259,7 @@ class _Run:
     runner: BlockForwardRunner
     blocks: list[str]
     router_classes: tuple[type, ...]
+    router_pattern: str | None
 
     @classmethod
     def of(cls, orchestrator: Any, composer: AlgorithmComposer) -> "_Run":
@@ -273,6 +281,7 @@ class _Run:
             composer.block_forward,
             stack[stack.index(first) :],
             declared_router_classes(model),
+            getattr(composer.block_quantizer.config, "router_pattern", None),
         )
 
     @property
@@ -319,7 +328,11 @@ class _Run:
         return self.composer.dispatch_block(block, states, others).eval()
 
     def routers_of(self, block: nn.Module) -> tuple[Router, ...]:
-        return find_routers(block, router_classes=self.router_classes)
+        return find_routers(
+            block,
+            router_classes=self.router_classes,
+            router_pattern=self.router_pattern,
+        )
 
     def forward(
         self,
