@@ -12,17 +12,17 @@ demo: $(STAMP)
 	$(BIN)/vsraq demo
 
 # One process per core and one thread each: the tiny models are too small for threads.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 
 test: $(STAMP)
 	$(PYTEST)
 
 # every MoE family, every scheme and option of AutoRound; `test` has some of each kind
 test-families: $(STAMP)
-	$(PYTEST) --dist worksteal --full tests/test_every_family.py
+	$(PYTEST) --full tests/test_every_family.py
 
 test-range: $(STAMP)
-	$(PYTEST) --dist worksteal --full tests/test_autoround_range.py
+	$(PYTEST) --full tests/test_autoround_range.py
 
 families: $(STAMP)
 	$(BIN)/python tests/family_table.py

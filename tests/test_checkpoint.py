@@ -11,6 +11,9 @@ import tiny
 from vsraq import VSRAQConfig
 from vsraq.checkpoint import Checkpoint, CheckpointError, load_model, verify
 
+# its fixtures are made once per process
+pytestmark = pytest.mark.xdist_group("test_checkpoint")
+
 LAYER = "model.layers.0"
 EXPERT = f"{LAYER}.mlp.experts.3.up_proj"
 ATTENTION = f"{LAYER}.self_attn.q_proj"

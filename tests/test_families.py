@@ -15,6 +15,9 @@ from tiny import block_lines
 from vsraq import VSRAQConfig
 from vsraq.routers import find_routers
 
+# its fixtures are made once per process
+pytestmark = pytest.mark.xdist_group("test_families")
+
 # In a hybrid, a MoE layer is norm -> router -> experts: nothing quantized stands
 # before its router. Plain transformers blocks have their attention there.
 NO_REACH = {"nemotron_h"}

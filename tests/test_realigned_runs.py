@@ -17,6 +17,9 @@ from vsraq.checkpoint import CheckpointError, load_model, verify
 from vsraq.realignment import realign_routers
 from vsraq.routers import find_routers
 
+# its fixtures are made once per process
+pytestmark = pytest.mark.xdist_group("test_realigned_runs")
+
 # enough tokens for the fit to hold on samples that it has not seen
 MANY = {"dataset": tiny.calibration(samples=64), "nsamples": 64}
 ROUTER = "model.layers.0.mlp.gate"
