@@ -157,7 +157,20 @@ def test_the_nemotron_example(scheme, tmp_path):
     assert all(reached == quantized != "0" for reached, quantized in reach)
 
 
-def run_example(script, scheme, model, dataset, folder):
+def test_the_qwen_example(tmp_path):
+    """The mask of the first run is found by the second."""
+    source = tiny.save("qwen3_moe", tmp_path / "model")
+    text = tiny.save_text(tmp_path / "text.jsonl", samples=64)
+    mask = f"--mask={tmp_path / 'mask.safetensors'}"
+    arguments = ("quantize_qwen3_sra.py", "W4A16", source, text)
+    first = run_example(*arguments, tmp_path / "first", mask)
+    assert "vsraq: selected " in first
+    second = run_example(*arguments, tmp_path / "second", mask)
+    assert "vsraq: a given mask selects " in second
+    assert "vsraq: selected " not in second
+
+
+def run_example(script, scheme, model, dataset, folder, *more):
     done = subprocess.run(
         [
             sys.executable,
@@ -170,6 +183,7 @@ def run_example(script, scheme, model, dataset, folder):
             "--seqlen=32",
             "--iters=1",
             *(["--group-size=32"] if scheme == "W4A16" else []),
+            *more,
         ],
         capture_output=True,
         text=True,
