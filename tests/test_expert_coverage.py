@@ -117,6 +117,12 @@ def test_two_blocks_at_once_have_their_own_names(export):
     ]
 
 
+def test_routers_that_were_not_counted_are_said(quantize, vsraq_log):
+    config = VSRAQConfig(iters=1, router_weight=1.0)
+    quantize(tiny.tiny_model(FAMILY), config, to_quant_block_names="model.layers.0")
+    assert any("tokens of 1 of 2 routers were counted" in m for m in vsraq_log)
+
+
 def test_options_that_count_nothing():
     for option in ({"min_tokens_per_expert": 5}, {"on_unreached": "error"}):
         with pytest.raises(ValueError, match="no effect without a part of the align"):

@@ -711,6 +711,14 @@ class VSRAQQuantizer(SignRoundQuantizer):
             return
         for line in coverage.table():
             logger.info("vsraq: %s", line)
+        if len(coverage.tokens) < len(self._routers):
+            logger.info(
+                "vsraq: tokens of %d of %d routers were counted; the others were "
+                "tuned before a resume, are not to be quantized, or choose by an "
+                "unknown rule",
+                len(coverage.tokens),
+                len(self._routers),
+            )
         starved = {n: e for n in coverage.tokens if (e := coverage.starved(n))}
         if starved:
             logger.warning(
