@@ -83,6 +83,10 @@ def test_an_unknown_selection_is_refused(quantize):
             "no effect without an objective that does not treat all experts alike",
         ),
         (
+            {"rank_by": "selection", "objective": "mse_kl"},
+            "no effect without an objective that does not treat all experts alike",
+        ),
+        (
             {"rank_by": "selection", "objective": "topk_mse", "multiplier": "all"},
             "no effect without an objective that does not treat all experts alike",
         ),
@@ -93,3 +97,8 @@ def test_refused_options(options, message):
         options = options | {"objective": "top3k_mse"}
     with pytest.raises(ValueError, match=message):
         config(**options)
+
+
+def test_the_first_ranks_of_a_divergence_depend_on_the_ranking():
+    own = config(rank_by="selection", objective="mse_kl", top_m=8)
+    assert own.alignment.rank_by == "selection"

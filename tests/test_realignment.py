@@ -111,7 +111,7 @@ def test_overlap_follows_the_real_selection():
     rule = SelectionRule("sigmoid", biased=True)
     biased = Router("gate", TOP_K, EXPERTS, rule, "gate.bias")
     moved = samples(copy.deepcopy(module), 0.5, torch.eye(HIDDEN), 0)
-    refit = refit_router(biased, module, moved, correction_bias=bias)
+    refit = refit_router(biased, module, moved, bias=bias)
     assert refit.before_jaccard == refit.after_jaccard == 1.0
     assert refit.before > 0
     logits = torch.randn(3, EXPERTS)

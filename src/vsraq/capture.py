@@ -166,13 +166,12 @@ class RouterCapture(Generic[Kept]):
         Raises:
             RuntimeError: A router was not called.
         """
-        if self._keep is None:
-            for router, (name, module) in zip(
-                self.routers, self._modules.items(), strict=False
-            ):
-                self._kept[name] += [
+        if self._keep is None and self._modules:
+            for router in self.routers:
+                module = self._modules[router.name]
+                self._kept[router.name] += [
                     router_values(router, module, hidden_states, self._what)  # type: ignore[misc]
-                    for hidden_states in module.__dict__.get(_INPUTS, ())
+                    for hidden_states in module.__dict__[_INPUTS]
                 ]
         silent = [name for name, kept in self._kept.items() if not kept]
         if silent:

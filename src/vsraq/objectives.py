@@ -56,8 +56,8 @@ def _top_m_ranks(top_k: int, num_experts: int, values: Mapping[str, Any]) -> int
     return values["top_m"] or num_experts
 
 
-def _all_or_top_m(top_k: int, num_experts: int, _: Mapping[str, Any]) -> int:
-    return num_experts  # the squared error reads all
+def _all_alike(top_k: int, num_experts: int, _: Mapping[str, Any]) -> int:
+    return num_experts  # the default says nothing of how they are treated
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,8 @@ class Objective:
         """Whether another ranking of the experts may change the loss."""
         if self.compares == "inputs":
             return False
+        if self.hyperparameters.get("top_m") is not None:
+            return True
         # one that names its ranks and reads all of them treats all alike
         return self.ranks_read is _all_ranks or self.ranks(1, 1000) < 1000
 
@@ -178,7 +180,7 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
             Objective("margin", margin_loss, {}, _near_boundary),
             Objective("pairwise_margin", pairwise_margin_loss, {}, _near_boundary),
             Objective("router_kl", router_kl, {}, _top_m_ranks),
-            Objective("mse_kl", mse_kl, {}, _all_or_top_m),
+            Objective("mse_kl", mse_kl, {}, _all_alike),
             Objective("input_mse", input_mse, compares="inputs"),
         )
     }

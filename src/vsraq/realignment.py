@@ -204,7 +204,7 @@ def refit_router(
     module: nn.Module,
     samples: Iterable[tuple[Tensor, Tensor, Tensor | None]],
     *,
-    correction_bias: Tensor | None = None,
+    bias: Tensor | None = None,
     ridge: float = DEFAULT_RIDGE,
     weighting: Weighting = "uniform",
 ) -> Refit:
@@ -220,7 +220,7 @@ def refit_router(
         samples: Per calibration sample (X (T, H), Z (T, E), mask): the router's inputs
             on the quantized path, the full-precision logits, and which tokens count,
             (T,) or None.
-        correction_bias: `vsraq.routers.correction_bias` of the router.
+        bias: `vsraq.routers.correction_bias` of the router.
         ridge: rho as a fraction of the mean diagonal of X^T X, > 0.
         weighting: Of the errors that are fitted and judged; see `error_weights`.
 
@@ -240,7 +240,7 @@ def refit_router(
     def weights_of(target: Tensor) -> Tensor | None:
         if weighting == "uniform":
             return None  # no need of the scores
-        scores = selection_scores(router, target, correction_bias)
+        scores = selection_scores(router, target, bias)
         return error_weights(scores, router.top_k, weighting)
 
     sums = RidgeSums(
@@ -282,7 +282,7 @@ def refit_router(
             result.error.update(error if weights is None else error * weights)
             if router.rule is not None:  # else nobody knows what it chooses
                 chosen, wanted = (
-                    select_experts(router, x, correction_bias) for x in (logits, target)
+                    select_experts(router, x, bias) for x in (logits, target)
                 )
                 result.overlap.update(jaccard(chosen, wanted))
         return result
@@ -376,7 +376,7 @@ def realign_routers(
                 router,
                 module,
                 streamed,
-                correction_bias=correction_bias(q_model, router),
+                bias=correction_bias(q_model, router),
                 ridge=ridge,
                 weighting=weighting,
             )

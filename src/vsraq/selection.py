@@ -196,12 +196,12 @@ def learn_selection(
         and "bias" in name.rpartition(".")[2]
         and tensor.numel() == num_experts
     }
-    outer = {
-        name: name
+    outer = [
+        name
         for name in list(inspect.signature(owner.forward).parameters)[1:]
         if isinstance(tensor := getattr(parent, name, None), Tensor)
         and tensor.numel() == num_experts
-    }
+    ]
     try:
         answers = [
             _ask(owner, linear, num_experts, biases, outer, index)
@@ -228,7 +228,7 @@ def learn_selection(
     if num_experts % groups[0] or num_experts < 2 * groups[0]:
         groups = (1, 1)  # not groups of these experts
     scalars = [v for v in vars(owner).values() if isinstance(v, float) and v > 0]
-    names = [*biases.values(), *outer.values()]
+    names = [*biases.values(), *outer]
     for rule in _rules(len(names) == 1, groups, scalars):
         if all(_agrees(rule, answer) for answer in answers):
             bias = names[0] if rule.biased else None
@@ -404,11 +404,8 @@ def _agrees(rule: SelectionRule, answer: _Answer) -> bool:
     top_k = answer.chosen.shape[-1]
     scores = rule.scores(answer.logits, answer.bias)
     best = scores.topk(min(top_k + 1, scores.shape[-1]), dim=-1)
-    chosen = torch.zeros_like(scores, dtype=torch.bool).scatter_(
-        -1, answer.chosen, True
-    )
-    own = torch.zeros_like(chosen).scatter_(-1, best.indices[:, :top_k], True)
-    equal = (chosen == own).all(-1)
+    own = best.indices[:, :top_k].sort(dim=-1).values
+    equal = (own == answer.chosen.sort(dim=-1).values).all(-1)
     if best.values.shape[-1] > top_k:  # two scores may be equal up to rounding
         equal |= best.values[:, top_k - 1] - best.values[:, top_k] < 1e-6
     return bool(equal.all())

@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +26,7 @@ from auto_round.algorithms.registry import register_pipeline_member
 from auto_round.utils import get_block_names
 from torch import Tensor, nn
 
+from vsraq.autoround.aligned_tokens import AlignedTokens
 from vsraq.autoround.balance import balance_terms
 from vsraq.autoround.checks import (
     check_next_router,
@@ -37,6 +37,7 @@ from vsraq.autoround.checks import (
     within_reach,
 )
 from vsraq.autoround.config import Alignment, VSRAQConfig
+from vsraq.autoround.expert_coverage import RunCoverage
 from vsraq.autoround.full_precision import (
     FpRouters,
     FullPrecisionCapture,
@@ -58,13 +59,7 @@ from vsraq.autoround.terms import (
     RouterTerm,
     split_samples,
 )
-from vsraq.autoround.token_selection import (
-    SelectionDoneError,
-    TokenRecorder,
-    select_tokens,
-)
 from vsraq.capture import RouterCapture, router_input
-from vsraq.expert_coverage import ExpertCoverage
 from vsraq.losses import FpLogits, RankedLogits
 from vsraq.realignment import record_realignment, refit_router
 from vsraq.routers import (
@@ -115,11 +110,7 @@ def _without_checkpointing(block: nn.Module) -> Iterator[None]:
 
 @register_pipeline_member(VSRAQConfig)
 class VSRAQQuantizer(SignRoundQuantizer):
-    """SignRound with the router term; its variants follow the config's switches.
-
-    Attributes:
-        token_mask: The tokens that the routers of the run are aligned on, None for all.
-    """
+    """SignRound with the router term; its variants follow the config's switches."""
 
     config: VSRAQConfig
 
@@ -142,15 +133,19 @@ class VSRAQQuantizer(SignRoundQuantizer):
         self._layer_config: Any = None
         self._router_classes: tuple[type, ...] = ()
         self._fp_capture: FullPrecisionCapture | None = None
-        self._coverage = ExpertCoverage()
+        self._coverage = RunCoverage()
         self._run: BlockRun | None = None
-        self._recorder: TokenRecorder | None = None
-        self.token_mask: TokenMask | None = None
+        self._aligned_tokens: AlignedTokens | None = None
         self._checked = False
 
     @property
     def _alignment(self) -> Alignment:
         return self.config.alignment
+
+    @property
+    def token_mask(self) -> TokenMask | None:
+        """The tokens that the routers of the run are aligned on, None for all."""
+        return None if self._aligned_tokens is None else self._aligned_tokens.mask
 
     # ── Run ──────────────────────────────────────────────────────────────────
 
@@ -167,9 +162,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 self.model, router_pattern=self.config.router_pattern
             )
         if self._alignment.token_selection:
-            self._given_mask()  # a file that is not there ends the run now
-            if hasattr(self.model, "get_input_embeddings"):
-                self._recorder = TokenRecorder(self.model)
+            self._aligned_tokens = AlignedTokens(self.config, self.model)
         # AutoRound 0.16 stores nblocks on the config and never reads it from there.
         if self.config.nblocks != 1:
             orchestrator.nblocks = self.config.nblocks
@@ -177,6 +170,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
     def _settings(self, composer: "AlgorithmComposer | None") -> dict[str, str]:
         """What decides the tuned weights besides AutoRound's own run signature."""
         own = {k: v for k, v in vars(self.config).items() if not k.startswith("_")}
+        mask = None if self._aligned_tokens is None else self._aligned_tokens.given
         own |= {
             "vsraq": version("vsraq"),
             "alignment": self._alignment,
@@ -185,7 +179,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
             "seed": self._seed,
             "batch_size": self.calibration_context.batch_size,
             "layer_config": self._layer_config,
-            "token_mask": mask.digest if (mask := self._given_mask()) else None,
+            "token_mask": None if mask is None else mask.digest,
         }
         for member in composer.members() if composer is not None else ():
             if member is not self:
@@ -204,9 +198,12 @@ class VSRAQQuantizer(SignRoundQuantizer):
             NotImplementedError: Its hidden states are not (batch, sequence, hidden),
                 its blocks cannot be run ahead, or several processes tune together.
         """
-        token_ids = None if self._recorder is None else self._recorder.take()
+        if self._aligned_tokens is not None:
+            self._aligned_tokens.end_calibration()
         super().prepare_run(composer=composer)
-        self._coverage = ExpertCoverage(self.config.min_tokens_per_expert or 1)
+        self._coverage = RunCoverage(
+            self.config.min_tokens_per_expert, self.config.on_unreached
+        )
         if envs.AR_RESUME_DIR:
             guard_resume(envs.AR_RESUME_DIR, self._settings(composer))
         for group in self._orchestrator.quant_block_list or self._block_groups():
@@ -215,56 +212,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 adapt_attention_mask(self.model, self._group_of(group[0]), cached)
         if self._alignment:
             self._check_model(composer)
-        if self._alignment.token_selection:
-            self._select_tokens(composer, token_ids)
-
-    def _given_mask(self) -> TokenMask | None:
-        """The mask that the configuration names."""
-        mask = self.config.token_mask
-        return TokenMask.load(mask) if isinstance(mask, str | Path) else mask
-
-    def _select_tokens(
-        self, composer: "AlgorithmComposer | None", token_ids: list[Tensor] | None
-    ) -> None:
-        """Find the tokens that the routers are aligned on."""
-        if token_ids is None or composer is None:
-            raise NotImplementedError(
-                "token_selection: single blocks do not tell which tokens they see; "
-                "allowed are runs of a whole model through AutoRound"
-            )
-        mask = self._given_mask()
-        if mask is None:
-            selection = select_tokens(
-                self._orchestrator,
-                composer,
-                token_ids,
-                tau=self._alignment.tau,
-                shift_threshold=self._alignment.shift_threshold,
-            )
-            logger.info("vsraq: %s", selection)
-            mask = selection.mask
-            if self.config.select_only:
-                raise SelectionDoneError(selection)
-        else:
-            mask.check(token_ids)
-            logger.info(
-                "vsraq: a given mask selects %d of %d tokens (%.1f %%)",
-                mask.selected,
-                mask.total,
-                100 * mask.share,
-            )
-        warning = mask.warning()
-        if warning is not None:
-            logger.warning("vsraq: %s", warning)
-        if self._alignment.realign_routers:
-            fitted = sum(bool(own.any()) for own in mask.masks)
-            if fitted < 2:
-                raise ValueError(
-                    f"token mask: {fitted} samples have selected tokens; re-fitting "
-                    "routers needs 2 or more, so lower tau, calibrate on more, or "
-                    "pass realign_routers=False"
-                )
-        self.token_mask = mask
+        if self._aligned_tokens is not None:
+            self._aligned_tokens.select(self._orchestrator, composer)
 
     def _block_groups(self) -> list[list[str]]:
         groups: list[list[str]] = get_block_names(self.model)
@@ -342,10 +291,11 @@ class VSRAQQuantizer(SignRoundQuantizer):
         super().finalize_run()
         self._drop_fp_capture()
         self._run = None
-        if self._recorder is not None:
-            self._recorder.close()
-        self._report_coverage()
-        self._coverage = ExpertCoverage(self._coverage.min_tokens)
+        if self._aligned_tokens is not None:
+            self._aligned_tokens.close()
+        exports = getattr(self._orchestrator, "formats", None)  # quantize_and_save
+        folder = self.compress_context.output_dir if exports else None
+        self._coverage.report(len(self._routers), folder)
 
     # ── Full-precision side ──────────────────────────────────────────────────
 
@@ -432,8 +382,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
             return tune()
         if not self._checked:  # llm-compressor's single blocks are not prepared
             self._check_model(None)
-            if self._alignment.token_selection:
-                self._select_tokens(None, None)
+            if self._aligned_tokens is not None:
+                self._aligned_tokens.select(self._orchestrator, None)
         name = "+".join(block_ctx.block_names)
         routers = self._routers_of(block)
         expected = sum(
@@ -690,47 +640,12 @@ class VSRAQQuantizer(SignRoundQuantizer):
         for router in routers:
             if router.name not in fp_routers.selected:
                 continue
-            full_name = names[router.name]
-            selected = fp_routers.selected[router.name]
-            experts = count_experts(block, router)
-            self._coverage.add(full_name, experts, selected, mask)
-            starved = self._coverage.starved(full_name)
-            if starved and self.config.on_unreached == "error":
-                raise ValueError(
-                    f"router {full_name}: experts {starved} got fewer than "
-                    f"min_tokens_per_expert={self._coverage.min_tokens} "
-                    'calibration tokens; allowed with on_unreached="error" is none; '
-                    "calibrate on more or other text (nsamples, seqlen, dataset), or "
-                    'pass on_unreached="warn"'
-                )
-
-    def _report_coverage(self) -> None:
-        """Log what the experts of the run were tuned on, and write it to the export."""
-        coverage = self._coverage
-        if not coverage:
-            return
-        for line in coverage.table():
-            logger.info("vsraq: %s", line)
-        if len(coverage.tokens) < len(self._routers):
-            logger.info(
-                "vsraq: tokens of %d of %d routers were counted; the others were "
-                "tuned before a resume, are not to be quantized, or choose by an "
-                "unknown rule",
-                len(coverage.tokens),
-                len(self._routers),
+            self._coverage.add(
+                names[router.name],
+                count_experts(block, router),
+                fp_routers.selected[router.name],
+                mask,
             )
-        starved = {n: e for n in coverage.tokens if (e := coverage.starved(n))}
-        if starved:
-            logger.warning(
-                "vsraq: fewer than %d calibration tokens reached some experts, so "
-                "their rounding is untuned, and with quantized activations their "
-                "scale is a guess: %s; calibrate on more or other text",
-                coverage.min_tokens,
-                "; ".join(f"{name} {experts}" for name, experts in starved.items()),
-            )
-        if getattr(self._orchestrator, "formats", None):  # quantize_and_save
-            path = coverage.save(self.compress_context.output_dir)
-            logger.info("vsraq: tokens per expert are in %s", path)
 
     def _refit(
         self,
@@ -772,7 +687,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 replace(router, name=name),
                 module,
                 samples(),
-                correction_bias=correction_bias(block, router),
+                bias=correction_bias(block, router),
                 ridge=self._alignment.realign_ridge,
                 weighting=self._alignment.realign_weighting,
             )

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tokens the routers of a run are aligned on."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from vsraq.autoround.config import VSRAQConfig
+from vsraq.autoround.token_selection import (
+    SelectionDoneError,
+    TokenRecorder,
+    select_tokens,
+)
+from vsraq.token_selection import TokenMask
+
+if TYPE_CHECKING:
+    from auto_round.algorithms.composer import AlgorithmComposer
+
+logger = logging.getLogger("autoround.vsraq")
+
+
+class AlignedTokens:
+    """The selected tokens of a run: those of a mask that is given, or computed.
+
+    To be made before AutoRound calibrates, because it watches the token ids.
+
+    Args:
+        config: The run's configuration, with token selection on.
+        model: The model that calibration runs.
+
+    Attributes:
+        given: The mask that the configuration names, or None.
+        mask: The run's, once `select` has been called.
+
+    Raises:
+        FileNotFoundError: There is no file at the path of the mask.
+        ValueError: It is not a token mask.
+    """
+
+    def __init__(self, config: VSRAQConfig, model: nn.Module) -> None:
+        given = config.token_mask
+        self.given = TokenMask.load(given) if isinstance(given, str | Path) else given
+        self.mask: TokenMask | None = None
+        self._config = config
+        self._token_ids: list[Tensor] | None = None
+        self._recorder: TokenRecorder | None = None
+        if hasattr(model, "get_input_embeddings"):  # single blocks have none
+            self._recorder = TokenRecorder(model)
+
+    def end_calibration(self) -> None:
+        """Take the token ids; the model is not watched any more.
+
+        Raises:
+            RuntimeError: Calibration has run no sample.
+        """
+        if self._recorder is not None:
+            self._token_ids = self._recorder.take()
+
+    def close(self) -> None:
+        """Stop watching the model; safe to call twice."""
+        if self._recorder is not None:
+            self._recorder.close()
+
+    def select(
+        self, orchestrator: Any, composer: "AlgorithmComposer | None"
+    ) -> TokenMask:
+        """Check the given mask, or compute one.
+
+        Args:
+            orchestrator: AutoRound's, with its block inputs collected.
+            composer: AutoRound's, None for single blocks.
+
+        Returns:
+            The mask.
+
+        Raises:
+            NotImplementedError: The run is one of single blocks.
+            SelectionDoneError: The run was to select tokens only.
+            ValueError: The given mask is for other tokens, or too few samples have
+                selected ones to re-fit routers on.
+        """
+        if self._token_ids is None or composer is None:
+            raise NotImplementedError(
+                "token_selection: single blocks do not tell which tokens they see; "
+                "allowed are runs of a whole model through AutoRound"
+            )
+        mask = self.given
+        if mask is None:
+            mask = self._compute(orchestrator, composer, self._token_ids)
+        else:
+            mask.check(self._token_ids)
+            logger.info(
+                "vsraq: a given mask selects %d of %d tokens (%.1f %%)",
+                mask.selected,
+                mask.total,
+                100 * mask.share,
+            )
+        warning = mask.warning()
+        if warning is not None:
+            logger.warning("vsraq: %s", warning)
+        fitted = sum(bool(own.any()) for own in mask.masks)
+        if self._config.alignment.realign_routers and fitted < 2:
+            raise ValueError(
+                f"token mask: {fitted} samples have selected tokens; re-fitting "
+                "routers needs 2 or more, so lower tau, calibrate on more, or "
+                "pass realign_routers=False"
+            )
+        self.mask = mask
+        return mask
+
+    def _compute(
+        self,
+        orchestrator: Any,
+        composer: "AlgorithmComposer",
+        token_ids: Sequence[Tensor],
+    ) -> TokenMask:
+        alignment = self._config.alignment
+        selection = select_tokens(
+            orchestrator,
+            composer,
+            token_ids,
+            tau=alignment.tau,
+            shift_threshold=alignment.shift_threshold,
+        )
+        logger.info("vsraq: %s", selection)
+        if self._config.select_only:
+            raise SelectionDoneError(selection)
+        return selection.mask

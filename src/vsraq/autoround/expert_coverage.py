@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run says of the calibration tokens that its experts got."""
+
+import logging
+from pathlib import Path
+
+from torch import Tensor
+
+from vsraq.autoround.config import OnUnreached
+from vsraq.expert_coverage import ExpertCoverage
+
+logger = logging.getLogger("autoround.vsraq")
+
+
+class RunCoverage:
+    """Counts the tokens of every block that is tuned, and reports them at the end.
+
+    Args:
+        min_tokens: Experts with fewer tokens are named.
+        on_unreached: Whether to name them at the end, or to end the run at once.
+    """
+
+    def __init__(
+        self, min_tokens: int | None = None, on_unreached: OnUnreached | None = None
+    ) -> None:
+        self._counts = ExpertCoverage(min_tokens or 1)
+        self._on_unreached = on_unreached
+
+    def add(
+        self, router: str, num_experts: int, selected: Tensor, mask: Tensor | None
+    ) -> None:
+        """Count the tokens of one router's experts; see `ExpertCoverage.add`.
+
+        Raises:
+            ValueError: Some expert got too few, and that is an error.
+        """
+        self._counts.add(router, num_experts, selected, mask)
+        starved = self._counts.starved(router)
+        if starved and self._on_unreached == "error":
+            raise ValueError(
+                f"router {router}: experts {starved} got fewer than "
+                f"min_tokens_per_expert={self._counts.min_tokens} calibration tokens; "
+                'allowed with on_unreached="error" is none; calibrate on more or other '
+                'text (nsamples, seqlen, dataset), or pass on_unreached="warn"'
+            )
+
+    def report(self, num_routers: int, folder: str | Path | None) -> None:
+        """Log the counts, and write them to an export; once.
+
+        Args:
+            num_routers: Of the model, counted or not.
+            folder: Of the export, or None.
+        """
+        counts = self._counts
+        if not counts:
+            return
+        for line in counts.table():
+            logger.info("vsraq: %s", line)
+        if len(counts.tokens) < num_routers:
+            logger.info(
+                "vsraq: tokens of %d of %d routers were counted; the others were "
+                "tuned before a resume, are not to be quantized, or choose by an "
+                "unknown rule",
+                len(counts.tokens),
+                num_routers,
+            )
+        starved = {n: e for n in counts.tokens if (e := counts.starved(n))}
+        if starved:
+            logger.warning(
+                "vsraq: fewer than %d calibration tokens reached some experts, so "
+                "their rounding is untuned, and with quantized activations their "
+                "scale is a guess: %s; calibrate on more or other text",
+                counts.min_tokens,
+                "; ".join(f"{name} {experts}" for name, experts in starved.items()),
+            )
+        if folder is not None:
+            path = counts.save(folder)
+            logger.info("vsraq: tokens per expert are in %s", path)
+        self._counts = ExpertCoverage(counts.min_tokens)
