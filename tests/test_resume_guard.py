@@ -107,29 +107,38 @@ def test_a_killed_run_resumes_with_its_settings_only(resumable, quantize, tmp_pa
 def test_a_resumed_run_ends_as_one_that_was_never_killed(
     resumable, tmp_path, monkeypatch
 ):
-    """The default recipe: its second block needs the re-fitted router of the first."""
+    """The default recipe: its second block needs the re-fitted router of the first.
+
+    On selected tokens: the process that resumes selects the same again.
+    """
     source, text = resumable
+    options = {"token_selection": True, "tau": 0.05}
 
     def export(folder):
-        _, path = AutoRound(
+        autoround = AutoRound(
             str(source),
             scheme="W4A16",
             group_size=32,
-            alg_configs=VSRAQConfig(iters=2),
+            alg_configs=VSRAQConfig(iters=2, **options),
             dataset=text,
             **tiny.RUN,
-        ).quantize_and_save(str(tmp_path / folder), format="auto_round")
+        )
+        _, path = autoround.quantize_and_save(
+            str(tmp_path / folder), format="auto_round"
+        )
         tensors = {}
         for file in Path(path).glob("*.safetensors"):
             tensors |= load_file(file)
-        return tensors
+        return tensors, autoround.alg_composer.block_quantizer.token_mask
 
-    kill(source, text, tmp_path / "resumed")
+    kill(source, text, tmp_path / "resumed", **options)
     with tiny.LogLines() as log:
-        resumed = export("resumed")
+        resumed, mask = export("resumed")
     assert [line["block"] for line in tiny.block_lines(log)] == ["model.layers.1"]
     monkeypatch.delenv("AR_RESUME_DIR")
-    never_killed = export("never killed")
+    never_killed, same_mask = export("never killed")
+    assert mask.digest == same_mask.digest
+    assert 0 < mask.selected < mask.total
     assert resumed.keys() == never_killed.keys()
     assert all(torch.equal(t, never_killed[name]) for name, t in resumed.items())
 
