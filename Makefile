@@ -5,7 +5,7 @@ STAMP := .venv/installed
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-families test-range lint families bench-overhead \
+.PHONY: demo test test-full test-families test-range lint families bench-overhead \
     bench-routing train-demo clean
 
 demo: $(STAMP)
@@ -17,9 +17,13 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 test: $(STAMP)
 	$(PYTEST)
 
+# every case of every test: about twice the time of `test`
+test-full: $(STAMP)
+	$(PYTEST) --full
+
 # every MoE family, every scheme and option of AutoRound; `test` has some of each kind
 test-families: $(STAMP)
-	$(PYTEST) --full tests/test_every_family.py
+	$(PYTEST) --full tests/test_every_family.py tests/test_families.py
 
 test-range: $(STAMP)
 	$(PYTEST) --full tests/test_autoround_range.py

@@ -28,6 +28,12 @@ def pytest_addoption(parser):
     )
 
 
+@pytest.fixture(scope="session")
+def full(pytestconfig):
+    """Whether every case is to run, not some of each kind."""
+    return pytestconfig.getoption("--full")
+
+
 @pytest.fixture
 def vsraq_log():
     with tiny.LogLines() as messages:

@@ -84,14 +84,24 @@ def run_from_path(families, way="export", **environment):
     return {r["family"]: r for r in results}, done.stdout + done.stderr
 
 
+# A Linear router, one with a correction bias, one with groups, a hybrid.
+SOME = ("qwen3_moe", "solar_open", "deepseek_v3", "nemotron_h")
+
+
 @pytest.fixture(scope="module")
-def from_path():
+def from_path(full):
     """One process for all families; see path_families.py."""
-    return run_from_path(tiny.MOE_FAMILIES)
+    return run_from_path(tiny.MOE_FAMILIES if full else SOME)
 
 
-@pytest.mark.parametrize("family", tiny.MOE_FAMILIES)
-def test_from_a_path(family, from_path):
+def pytest_generate_tests(metafunc):
+    if "streamed" in metafunc.fixturenames:
+        every = metafunc.config.getoption("--full")
+        metafunc.parametrize("streamed", tiny.MOE_FAMILIES if every else SOME)
+
+
+def test_from_a_path(streamed, from_path):
+    family = streamed
     results, errors = from_path
     assert family in results, errors[-3000:]
     if family in FULL_LOAD:

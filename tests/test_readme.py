@@ -138,14 +138,18 @@ def test_the_wheel_has_the_model_and_stays_small(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("scheme", ["W4A16", "NVFP4"])
+def pytest_generate_tests(metafunc):
+    if "scheme" in metafunc.fixturenames:
+        every = metafunc.config.getoption("--full")
+        metafunc.parametrize("scheme", ["W4A16", "NVFP4"] if every else ["NVFP4"])
+
+
 def test_the_solar_example(scheme, text_file, tmp_path):
     output = run_example("quantize_solar.py", scheme, model_path(), text_file, tmp_path)
     assert "routers=6," in output
     assert "experts=192" in output
 
 
-@pytest.mark.parametrize("scheme", ["W4A16", "NVFP4"])
 def test_the_nemotron_example(scheme, tmp_path):
     """A tiny hybrid, streamed from disk, exported and verified."""
     source = tiny.save("nemotron_h", tmp_path / "model")

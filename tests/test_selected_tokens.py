@@ -169,10 +169,15 @@ def test_a_mask_from_a_file(quantize, tmp_path):
     assert same(tuned(quantize, from_file), given)
 
 
-def test_a_mask_of_other_tokens_is_refused(quantize):
+def test_a_mask_of_other_tokens_is_refused(quantize, tmp_path):
     other = mask_of([torch.ones(tiny.SEQLEN).bool()] * 8, tiny.calibration(seed=1))
-    with pytest.raises(ValueError, match="token mask: calibration sample 0 has 32"):
+    message = "token mask: calibration sample 0 has 32"
+    with pytest.raises(ValueError, match=f"^{message}"):
         quantize(tiny.tiny_model(FAMILY), config(token_mask=other))
+    path = tmp_path / "mask.safetensors"
+    other.save(path)
+    with pytest.raises(ValueError, match=f"^token_mask='{path}': {message}"):
+        quantize(tiny.tiny_model(FAMILY), config(token_mask=path))
 
 
 @pytest.mark.parametrize(

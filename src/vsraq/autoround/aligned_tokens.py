@@ -91,7 +91,7 @@ class AlignedTokens:
         if mask is None:
             mask = self._compute(orchestrator, composer, self._token_ids)
         else:
-            mask.check(self._token_ids)
+            self._check(mask, self._token_ids)
             logger.info(
                 "vsraq: a given mask selects %d of %d tokens (%.1f %%)",
                 mask.selected,
@@ -110,6 +110,16 @@ class AlignedTokens:
             )
         self.mask = mask
         return mask
+
+    def _check(self, mask: TokenMask, token_ids: Sequence[Tensor]) -> None:
+        """Refuse a mask of other tokens, by its file's name if it came from one."""
+        try:
+            mask.check(token_ids)
+        except ValueError as error:
+            if isinstance(self._config.token_mask, TokenMask):
+                raise
+            name = str(self._config.token_mask)
+            raise ValueError(f"token_mask={name!r}: {error}") from error
 
     def _compute(
         self,
