@@ -8,9 +8,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 
 import routing
+import routing_ceiling
 from vsraq import VSRAQConfig
+from vsraq.analysis import compare
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = (ROOT / "docs" / "results.md").read_text()
@@ -56,6 +59,17 @@ def test_the_methods_are_configurations():
     config = routing.config_of(cell_of(routing.DEFAULT))
     assert config.alignment == VSRAQConfig().alignment
     assert config.resolve_objective() == VSRAQConfig().resolve_objective()
+
+
+def test_full_precision_routing_leaves_the_damage_of_the_layers():
+    fp_model = routing.load_bench_model("solar_open")
+    q_model = routing.load_bench_model("solar_open")
+    batches = routing.heldout_texts(4)["heldout"]
+    assert routing_ceiling.kl_with_routing(q_model, fp_model, batches) < 1e-9
+    with torch.no_grad():
+        q_model.model.layers[0].self_attn.o_proj.weight.mul_(0.9)
+    routed = routing_ceiling.kl_with_routing(q_model, fp_model, batches)
+    assert 0 < routed < compare(q_model, fp_model, batches).kl
 
 
 def result(method, seed, jaccard, kl, seconds):
