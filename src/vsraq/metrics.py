@@ -222,17 +222,8 @@ def _candidates(
 ) -> tuple[Tensor, Tensor]:
     """Tokens (..., m) and their probabilities, 0 for those that were filtered out."""
     vocabulary = logits.shape[-1]
-    count = min(top_k or vocabulary, vocabulary)
-    values, index = logits.topk(count, dim=-1)
+    values, index = _highest(logits, min(top_k or vocabulary, vocabulary))
     _check_highest(name, values[..., 0])
-    if count < vocabulary and values.numel():
-        lowest = values[..., -1:]
-        # clamped, because -inf is no candidate where fewer than k are finite
-        finite = lowest.clamp(min=torch.finfo(logits.dtype).min)
-        with_ties = int((logits >= finite).sum(-1).max())
-        if with_ties > count:
-            values, index = logits.topk(with_ties, dim=-1)
-            values = values.masked_fill(values < lowest, -math.inf)
     scores = values.float() / temperature
     if top_p is not None and top_p < 1:
         # from the least likely on, as transformers sums them
@@ -241,6 +232,30 @@ def _candidates(
         removed[..., :1] = False
         scores = scores.masked_fill(removed, -math.inf)
     return index, scores.softmax(-1)
+
+
+def _highest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` highest logits of each token and all that equal the last of them.
+
+    Returns:
+        Values (..., m), best first, -inf where a token has fewer, and their indices.
+    """
+    vocabulary = logits.shape[-1]
+    width = count
+    while True:
+        # Equal logits are frequent in bfloat16. Comparing all V to the last one would
+        # take several times as long as these.
+        width = min(2 * width, vocabulary)
+        values, index = logits.topk(width, dim=-1)
+        lowest = values[..., count - 1, None]
+        # clamped, because -inf is no candidate where fewer than `count` are finite
+        among = values >= lowest.clamp(min=torch.finfo(logits.dtype).min)
+        kept = int(among.sum(-1).max()) if among.numel() else count
+        if kept < width or width == vocabulary:
+            break
+    kept = max(kept, 1)
+    values = values.masked_fill(values < lowest, -math.inf)
+    return values[..., :kept], index[..., :kept]
 
 
 def _jsd(q: Tensor, fp: Tensor) -> Tensor:
