@@ -42,7 +42,9 @@ bench-overhead: $(STAMP)
 bench-routing: $(STAMP)
 	$(BIN)/python benchmarks/routing.py run
 	$(BIN)/python benchmarks/routing.py table --plot docs/routing.png
+	$(BIN)/python benchmarks/routing.py document
 	$(BIN)/python benchmarks/nvfp4_floor.py
+	$(BIN)/python benchmarks/routing_ceiling.py
 
 train-demo: $(STAMP)
 	$(BIN)/python examples/train_demo_moe.py

@@ -3,6 +3,7 @@
 
     python benchmarks/routing.py run                 # fill the results file
     python benchmarks/routing.py table --plot gap.png
+    python benchmarks/routing.py document            # the same into docs/results.md
 
 Every cell quantizes one model with one method on the same calibration windows and
 iterations as the other methods of its seed, and compares it with full precision on
@@ -30,7 +31,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ from vsraq.realignment import realign_routers
 ROOT = Path(__file__).resolve().parents[1]
 BUILT = ROOT / "out" / "models"
 RESULTS = Path(__file__).with_name("routing.jsonl")
+DOCUMENT = ROOT / "docs" / "results.md"
 WIKITEXT = ROOT.parent / "shared" / "data" / "wikitext-2"
 TRAINING = {
     "qwen3_moe": ["--architecture", "qwen3_moe"],
@@ -59,6 +61,7 @@ TRAINING = {
 }
 MODELS = ("solar_open", *TRAINING)
 SCHEMES = ("W4A16", "W3A16", "W2A16", "NVFP4")
+SUMMARY_SCHEMES = ("W4A16", "W3A16", "NVFP4")
 SEEDS = (0, 1, 2)
 BATCH = 8
 TAUS = (1e-6, 1e-5, 1e-3, 1e-2, 1e-1)
@@ -524,6 +527,32 @@ def format_selected(results: Iterable[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def document_parts(results: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """The tables of the document, by the markers in front of them."""
+    few = rows(results, "heldout", 50, 32)
+    many = rows(results, "heldout", 50, 128)
+    other_text = rows(results, "wikitext", 50, 32)
+    return {
+        "summary": format_summary(few, SUMMARY_SCHEMES),
+        "summary, 128 windows": format_summary(many, SUMMARY_SCHEMES),
+        "summary, WikiText-2": format_summary(other_text, SUMMARY_SCHEMES),
+        "table": format_table(few),
+        "table, 128 windows": format_table(many),
+        "table, 200 iterations": format_table(rows(results, "heldout", 200, 128)),
+        "selected": format_selected(results),
+    }
+
+
+def write_document(path: Path, parts: Mapping[str, str]) -> None:
+    """Put each table behind its marker, up to the next blank line."""
+    text = path.read_text()
+    for name, table in parts.items():
+        marker = f"<!-- {name} -->\n"
+        before, behind = text.split(marker)
+        text = f"{before}{marker}{table}\n\n{behind.split(chr(10) * 2, 1)[1]}"
+    path.write_text(text)
+
+
 def plot(table: dict[tuple[str, str, str], Row], path: Path) -> None:
     import matplotlib
 
@@ -584,12 +613,13 @@ def parse() -> argparse.Namespace:
     table = commands.add_parser("table", help="print the results")
     table.add_argument("--text", default="heldout", choices=["heldout", "wikitext"])
     table.add_argument("--plot", type=Path)
-    table.add_argument(
-        "--summary-schemes", nargs="+", default=["W4A16", "W3A16", "NVFP4"]
-    )
+    table.add_argument("--summary-schemes", nargs="+", default=SUMMARY_SCHEMES)
+    document = commands.add_parser("document", help="write the results down")
+    document.add_argument("--path", type=Path, default=DOCUMENT)
     for command in (run, table):
         command.add_argument("--iters", type=int, default=50)
         command.add_argument("--nsamples", type=int, default=32)
+    for command in (run, table, document):
         command.add_argument("--results", type=Path, default=RESULTS)
     return parser.parse_args()
 
@@ -602,6 +632,8 @@ if __name__ == "__main__":
         else:
             arguments.worker = arguments.worker or 0
             run_cells(arguments)
+    elif arguments.command == "document":
+        write_document(arguments.path, document_parts(read_results(arguments.results)))
     else:
         table = rows(
             read_results(arguments.results),

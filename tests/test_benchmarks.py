@@ -16,7 +16,6 @@ from vsraq import VSRAQConfig
 from vsraq.analysis import compare
 
 ROOT = Path(__file__).parents[1]
-DOCUMENT = (ROOT / "docs" / "results.md").read_text()
 
 
 def command(*arguments, results):
@@ -104,14 +103,9 @@ def test_the_share_of_the_gap_is_taken_within_a_seed():
     assert "| VSRAQ | 37.5 | 7.5 | 37.5 | 7.5 | 0 | 1.15 | 1 |" in summary
 
 
-@pytest.mark.parametrize("part", ["summary", "table", "selected"])
-def test_the_document_shows_what_the_command_prints(part):
-    shown = DOCUMENT.split(f"<!-- {part} -->\n")[1].split("\n\n")[0]
-    results = routing.read_results(routing.RESULTS)
-    rows = routing.rows(results, "heldout", 50, 32)
-    printed = {
-        "summary": routing.format_summary(rows, ["W4A16", "W3A16", "NVFP4"]),
-        "table": routing.format_table(rows),
-        "selected": routing.format_selected(results),
-    }
-    assert shown == printed[part]
+def test_the_document_shows_what_the_command_prints(tmp_path):
+    copy = tmp_path / "results.md"
+    shown = routing.DOCUMENT.read_text()
+    copy.write_text(shown.replace("| AutoRound |", "| other |"))
+    command("document", f"--path={copy}", results=routing.RESULTS)
+    assert copy.read_text() == shown
