@@ -127,7 +127,9 @@ class VSRAQConfig(SignRoundConfig):
             reconstruction gradient to the router gradient (sums of magnitudes over the
             tuned parameters that the router loss reaches, before the first step).
         next_router_weight: The same for the next MoE router.
-        next_router_objective: Its objective; None takes `objective` as it is.
+        next_router_objective: Its objective; None takes `objective` as it is. One of
+            the two that is for selected tokens ("sra") selects them for both routers
+            and the re-fit.
         rank_by: What ranks the experts for the losses: their full-precision "logits",
             as in the papers (None), or "selection", the scores by which the router
             really chooses, with its correction bias and groups. The losses still
