@@ -61,13 +61,14 @@ def check_selection(alignment: Alignment, routers: Sequence[Router]) -> None:
         f"shift_threshold={alignment.shift_threshold}": alignment.token_selection
         and alignment.shift_threshold is not None,
     }
-    for option in (option for option, asked in asks.items() if asked):
-        for router in (router for router in routers if router.rule is None):
-            raise ValueError(
-                f"{option}: which experts router {router.name} chooses is unknown, "
-                f"because {router.unverified}; allowed are routers that take the top K "
-                "of a function of their logits; leave the option out"
-            )
+    options = [option for option, asked in asks.items() if asked]
+    unknown = [router for router in routers if router.rule is None]
+    if options and unknown:
+        raise ValueError(
+            f"{', '.join(options)}: which experts router {unknown[0].name} chooses is "
+            f"unknown, because {unknown[0].unverified}; allowed are routers that take "
+            "the top K of a function of their logits; leave the option out"
+        )
     if alignment.rank_by == "selection" and all(
         router.rule is not None and router.rule.by_logits for router in routers
     ):
