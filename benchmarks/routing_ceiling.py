@@ -85,7 +85,7 @@ def report(name: str, scheme: str, seed: int) -> None:
 
     def show(what: str, jaccard: float, kl: float) -> None:
         print(
-            f"{name:10} {scheme:5} {what:21} Jaccard {jaccard:.4f}  KL {kl:.4f}",
+            f"{name:10} {scheme:5} {what:22} Jaccard {jaccard:.4f}  KL {kl:.4f}",
             flush=True,
         )
 
