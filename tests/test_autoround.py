@@ -434,6 +434,13 @@ def test_single_blocks_are_checked_too(vsraq_log):
     assert sum("held-out logit error" in m for m in vsraq_log) == 1
 
 
+def test_single_blocks_cannot_select_tokens():
+    block = "model.layers.0"
+    run, module, inputs = block_run(block, VSRAQConfig(iters=1, token_selection=True))
+    with pytest.raises(NotImplementedError, match="single blocks do not tell which"):
+        run.quantize_block(module, inputs)
+
+
 def test_a_reference_output_for_quantized_inputs_is_refused():
     """Full-precision logits cannot be derived from the quantized stream."""
     config = VSRAQConfig(iters=3, router_weight=10.0)
