@@ -106,6 +106,17 @@ def test_the_papers_plain_setting_on_a_hybrid_warns_before_the_first_block(
     assert 'next_router_weight="auto"' in vsraq_log[0]
 
 
+def test_a_term_that_reaches_nothing_does_not_choose_the_best_iteration(
+    quantize, vsraq_log
+):
+    """It differs by micro-batch, of which an iteration sees one."""
+    run = {"family": "nemotron_h", "batch_size": 2}
+    plain = tuned(quantize, VSRAQConfig(iters=30, router_weight=0), **run)
+    aligned = tuned(quantize, VSRAQConfig(iters=30, router_weight=1e6), **run)
+    assert {line["reached"] for line in block_lines(vsraq_log)} == {"0"}
+    assert same(aligned, plain)
+
+
 @pytest.mark.parametrize(("lookahead", "blocks"), [(1, [1]), (2, [0, 1])])
 def test_the_lookahead_is_limited(lookahead, blocks, quantize, vsraq_log):
     """Mamba, attention, MoE: the router is two blocks behind the first."""

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from test_autoround import same, weights
-from vsraq import VSRAQConfig
+from vsraq import Objective, VSRAQConfig
 from vsraq.checkpoint import CheckpointError, load_model, verify
 from vsraq.realignment import realign_routers
 from vsraq.routers import find_routers
@@ -91,6 +91,25 @@ def test_the_record_of_an_earlier_run_goes(quantize):
     model.config.vsraq = {"realign_routers": True}
     _, model = quantize(model, VSRAQConfig(iters=1, router_weight=1.0))
     assert not hasattr(model.config, "vsraq")
+
+
+def test_an_objective_reads_its_ranks_and_no_more(quantize):
+    """The re-fit has all of them kept."""
+    seen = set()
+
+    def first_rank(q_logits, fp_logits, *, top_k):
+        seen.add(fp_logits.values.shape[-1])
+        return (q_logits.gather(-1, fp_logits.indices.long()) - fp_logits.values)[
+            ..., 0
+        ]
+
+    objective = Objective("first", first_rank, ranks_read=lambda *_: 1)
+    for realign in (False, True):
+        config = VSRAQConfig(
+            iters=1, router_weight=1.0, realign_routers=realign, objective=objective
+        )
+        quantize(tiny.tiny_model("solar_open"), config)
+    assert seen == {1}
 
 
 def test_padding_takes_no_part(quantize):

@@ -44,6 +44,12 @@ class RankedLogits:
             self.values.to(device), self.indices.to(device), self.num_experts
         )
 
+    def first(self, count: int) -> "RankedLogits":
+        """The first `count` ranks, or all if fewer were kept."""
+        return RankedLogits(
+            self.values[..., :count], self.indices[..., :count], self.num_experts
+        )
+
     def logits(self) -> Tensor:
         """The logits in the order of the experts, (..., E), if all ranks were kept.
 

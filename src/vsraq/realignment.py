@@ -47,7 +47,8 @@ class RidgeSums:
     Args:
         hidden: H.
         num_experts: E.
-        device: Where the sums are kept and the system is solved.
+        device: Where the sums are kept and the system is solved; the CPU for an
+            accelerator other than CUDA, because many have no double precision.
         weighted: Whether `update` gets weights; X^T X is then (E, H, H).
     """
 
@@ -59,6 +60,8 @@ class RidgeSums:
         *,
         weighted: bool = False,
     ) -> None:
+        if torch.device(device).type != "cuda":
+            device = "cpu"
         systems = num_experts if weighted else 1
         self.gram = torch.zeros(
             systems, hidden, hidden, dtype=torch.float64, device=device
@@ -73,16 +76,17 @@ class RidgeSums:
         """Add tokens: inputs (T, H), residual logits (T, E), their weights (T, E)."""
         # Products of one batch in float32, their sum over the batches in float64:
         # double precision products would cost 60 times as much on most GPUs.
-        x = inputs.detach().to(self.gram.device, torch.float32)
-        r = residual.detach().to(self.gram.device, torch.float32)
+        x = inputs.detach().float()
+        r = residual.detach().to(x)
+        device = self.gram.device
         if weights is None:
-            self.gram += x.T @ x
-            self.moment += r.T @ x
+            self.gram += (x.T @ x).to(device)
+            self.moment += (r.T @ x).to(device)
             return
-        w = weights.detach().to(self.gram.device, torch.float32)
+        w = weights.detach().to(x)
         for expert, own in enumerate(w.T):  # E at once would be T x E x H
-            self.gram[expert] += (x * own[:, None]).T @ x
-        self.moment += (r * w).T @ x
+            self.gram[expert] += ((x * own[:, None]).T @ x).to(device)
+        self.moment += ((r * w).T @ x).to(device)
 
     def solve(self, ridge: float = DEFAULT_RIDGE) -> Tensor:
         """The correction dW.
@@ -298,7 +302,7 @@ def refit_router(
             f"singular ({error}); look for inf or NaN in the calibration inputs, pass "
             "a larger ridge, or do not re-fit it (realign_routers=False)"
         ) from error
-    chosen_rows.copy_((old.double() + correction).to(old.dtype))
+    chosen_rows.copy_(old.to(correction) + correction)
     after = judge()
     applied = after.error.compute() < before.error.compute()
     if not applied:

@@ -46,9 +46,10 @@ def balance_terms(
         [p for p in vars(m)["params"].values() if p.requires_grad] for m in wrapped
     ]
     parameters = [parameter for layer in layers for parameter in layer]
-    other = _magnitudes(reconstruction, parameters)
-    for term, loss in zip(terms, losses, strict=True):
-        own = _magnitudes(loss, parameters)
+    other = _magnitudes(reconstruction, parameters, keep_graph=True)
+    for index, (term, loss) in enumerate(zip(terms, losses, strict=True), start=1):
+        # the last frees the activations on its way, as a step of the tuning does
+        own = _magnitudes(loss, parameters, keep_graph=index < len(terms))
         position = 0
         for layer, linear in zip(layers, is_linear, strict=True):
             magnitudes = own[position : position + len(layer)]
@@ -64,12 +65,12 @@ def balance_terms(
 
 
 def _magnitudes(
-    loss: Tensor | None, parameters: Sequence[Tensor]
+    loss: Tensor | None, parameters: Sequence[Tensor], *, keep_graph: bool
 ) -> list[float | None]:
     """Sum of the gradient's magnitudes per parameter; None where there is no path."""
     if loss is None or not loss.requires_grad or not parameters:
         return [None] * len(parameters)
     gradients = torch.autograd.grad(
-        loss, list(parameters), retain_graph=True, allow_unused=True
+        loss, list(parameters), retain_graph=keep_graph, allow_unused=True
     )
     return [None if g is None else g.abs().sum().item() for g in gradients]

@@ -734,7 +734,10 @@ class VSRAQQuantizer(SignRoundQuantizer):
         for term in run.terms:
             loss = term.loss(pred_output, samples, counted).to(reconstruction.device)
             current.add(term.label, loss)
-            total = total + term.weight * scale * share * loss  # type: ignore[operator]
+            # One that nothing moves differs by micro-batch only, and would choose the
+            # best iteration by that.
+            if term.reaches_something:
+                total = total + term.weight * scale * share * loss  # type: ignore[operator]
         current.add("reconstruction", reconstruction / scale)
         if not torch.isfinite(total):
             raise RuntimeError(

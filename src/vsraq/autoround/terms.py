@@ -97,6 +97,9 @@ class RouterTerm:
             q = q_values[router.name]
             targets = self.fp_targets[router.name]
             fp = concatenate([targets[i] for i in samples]).to(q.device)
+            if isinstance(fp, RankedLogits):  # the re-fit has all of them kept
+                ranks = self.objective.ranks(router.top_k, router.num_experts)
+                fp = fp.first(ranks)
             loss = self.objective(q, fp, top_k=router.top_k)
             device_mask = None if mask is None else mask.to(loss.device)
             losses.append(reduce_tokens(loss, device_mask).to(output.device))
