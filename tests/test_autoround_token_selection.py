@@ -212,6 +212,14 @@ def test_a_quantized_output_projection(quantize, selecting, changes):
         quantize(model, plain(), **options)
     without, with_head = changes
     assert not torch.equal(without, with_head)
+    with pytest.raises(NotImplementedError, match="lm_head: quantized outside of the"):
+        quantize(
+            tiny.tiny_model("solar_open"),
+            plain(),
+            "NVFP4",
+            amp=False,
+            quant_lm_head=True,
+        )
 
 
 # ── what it leaves alone ──────────────────────────────────────────────────────

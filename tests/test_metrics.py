@@ -102,7 +102,7 @@ def test_jsd_equals_its_loop_twin(kind):
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "ties"])
 def test_sampled_jsd_equals_its_loop_twin(kind, sampling):
     q, fp = pairs(kind)
     expected = [
@@ -136,6 +136,15 @@ def test_candidates_are_those_of_transformers(kind, sampling):
         actual = torch.zeros(logits.shape).scatter_(-1, index, p)
         assert torch.equal(actual > 0, expected > 0)
         torch.testing.assert_close(actual, expected)
+
+
+def test_which_of_equal_logits_stay_does_not_depend_on_other_tokens():
+    tied = torch.zeros(1, 300)
+    tied[0, ::4] = 1.0
+    alone = sampled_jsd(tied, tied)
+    flat, steep = torch.zeros(1, 300), torch.arange(300.0)[None]
+    q, fp = torch.cat((tied, flat)), torch.cat((tied, steep))
+    assert sampled_jsd(q, fp)[0] == alone[0] == 0
 
 
 @pytest.mark.parametrize("metric", [jsd, sampled_jsd])

@@ -71,8 +71,7 @@ def test_a_mask_of_ones_is_ra_bit_for_bit(parts, text, quantize, tmp_path):
 
 def test_without_a_weight_it_is_autoround(quantize):
     plain = tuned(quantize, SignRoundConfig(iters=3, not_use_best_mse=True))
-    zero = VSRAQConfig(iters=3, not_use_best_mse=True, router_weight=0)
-    assert same(plain, tuned(quantize, zero))
+    assert same(plain, tuned(quantize, config("sra", router_weight=0)))
 
 
 @pytest.mark.parametrize("parts", PARTS, ids=lambda p: ",".join(p) or "own")

@@ -238,7 +238,8 @@ def _highest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` highest logits of each token and all that equal the last of them.
 
     Returns:
-        Values (..., m), best first, -inf where a token has fewer, and their indices.
+        Values (..., m), best first and equal ones by index, -inf where a token has
+        fewer, and their indices.
     """
     vocabulary = logits.shape[-1]
     width = count
@@ -255,7 +256,12 @@ def _highest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
             break
     kept = max(kept, 1)
     values = values.masked_fill(values < lowest, -math.inf)
-    return values[..., :kept], index[..., :kept]
+    # topk leaves the order of equal logits open, and top-p may cut among them
+    index, order = index[..., :kept].sort(dim=-1)
+    values, order = (
+        values[..., :kept].gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    )
+    return values, index.gather(-1, order)
 
 
 def _jsd(q: Tensor, fp: Tensor) -> Tensor:

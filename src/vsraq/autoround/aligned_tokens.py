@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vsraq.autoround.config import VSRAQConfig
 from vsraq.autoround.token_selection import (
+    Selection,
     SelectionDoneError,
     TokenRecorder,
     select_tokens,
@@ -88,19 +89,27 @@ class AlignedTokens:
                 "allowed are runs of a whole model through AutoRound"
             )
         mask = self.given
+        selection = None
         if mask is None:
-            mask = self._compute(orchestrator, composer, self._token_ids)
+            selection = self._compute(orchestrator, composer, self._token_ids)
+            mask = selection.mask
         else:
             self._check(mask, self._token_ids)
             logger.info(
-                "vsraq: a given mask selects %d of %d tokens (%.1f %%)",
+                "vsraq: a given mask selects %d of %d tokens (%.1f %%); it was made "
+                "for %s, %s, with tau=%g",
                 mask.selected,
                 mask.total,
                 100 * mask.share,
+                mask.model,
+                mask.scheme,
+                mask.tau,
             )
         warning = mask.warning()
         if warning is not None:
             logger.warning("vsraq: %s", warning)
+        if selection is not None and self._config.select_only:
+            raise SelectionDoneError(selection)
         fitted = sum(bool(own.any()) for own in mask.masks)
         if self._config.alignment.realign_routers and fitted < 2:
             raise ValueError(
@@ -126,7 +135,7 @@ class AlignedTokens:
         orchestrator: Any,
         composer: "AlgorithmComposer",
         token_ids: Sequence[Tensor],
-    ) -> TokenMask:
+    ) -> Selection:
         alignment = self._config.alignment
         selection = select_tokens(
             orchestrator,
@@ -136,6 +145,4 @@ class AlignedTokens:
             shift_threshold=alignment.shift_threshold,
         )
         logger.info("vsraq: %s", selection)
-        if self._config.select_only:
-            raise SelectionDoneError(selection)
-        return selection.mask
+        return selection

@@ -574,10 +574,13 @@ class VSRAQQuantizer(SignRoundQuantizer):
         # A micro-batch, not one sample: experts that get no token look unreached.
         valid_token_mask = getattr(self, "_cached_valid_token_mask", None)
         batches = tensors.batches(self.block_forward.batch_size)
-        samples = batches[0]
-        if self.token_mask is not None:  # without a selected token none is reached
-            selected = self.token_mask
-            samples = max(batches, key=lambda b: int(selected.of_samples(b).sum()))
+
+        def counts(batch: list[int]) -> float:
+            counted = self._counted(self._mask(valid_token_mask, batch), batch)
+            return 1.0 if counted is None else counted.float().mean().item()
+
+        # where no token counts nothing is reached
+        samples = batches[0] if self.token_mask is None else max(batches, key=counts)
         mask = self._mask(valid_token_mask, samples)
         with torch.enable_grad(), eager():
             output = self.block_forward.forward(

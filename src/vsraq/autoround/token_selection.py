@@ -161,7 +161,8 @@ def select_tokens(
 
     Time: two passes of all blocks and two of the output head. Memory beyond one block
     (for a model in memory: beyond it and its rounded weights): the hidden states of
-    both paths on the cache device, 2 T H values, and `output_shift`'s one chunk.
+    both paths on the cache device, 2 T H values and T H more while a block runs, and
+    `output_shift`'s one chunk.
 
     Args:
         orchestrator: AutoRound's, with its block inputs collected.
@@ -188,15 +189,15 @@ def select_tokens(
     started = time.perf_counter()
     check_thresholds(tau, shift_threshold)
     run = _Run.of(orchestrator, composer)
-    samples, others = run.inputs(run.blocks[0])
-    if len(token_ids) != len(samples):
+    fp_states, others = run.inputs(run.blocks[0])
+    if len(token_ids) != len(fp_states):
         raise ValueError(
             f"token_ids of {len(token_ids)} samples: AutoRound has cached "
-            f"{len(samples)}; allowed are the ids of exactly these"
+            f"{len(fp_states)}; allowed are the ids of exactly these"
         )
     wants_routing = shift_threshold is not None
     shift = _MeanShift() if wants_routing else None
-    fp_states = q_states = samples
+    q_states = fp_states
     returns_tuple = False
     with torch.compiler.set_stance("force_eager"):
         for name in tqdm(run.blocks, desc="Selecting tokens"):
@@ -373,9 +374,8 @@ class _Run:
     def round_to_nearest(self, name: str, block: nn.Module) -> None:
         """Turn the copy into what AutoRound's RTN makes of the block."""
         scheme = self.composer.scheme
-        act_dynamic = scheme.act_dynamic is None or scheme.act_dynamic
-        if scheme.act_data_type is not None or not act_dynamic:
-            if is_nv_fp(scheme.act_data_type) or not act_dynamic:
+        if scheme.act_data_type is not None or self.needs_activation_ranges:
+            if self.needs_activation_ranges:
                 set_amax_for_all_moe_layers(block, attr_name="act_max")
             update_block_global_scale_if_needed(
                 block, scheme.data_type, scheme.group_size
@@ -386,6 +386,13 @@ class _Run:
                 if layer.weight.data_ptr() in shared:
                     layer.weight = _own(layer.weight)
                 set_module(block, layer_name, _rounded(layer, self.runner.device))
+
+    @property
+    def needs_activation_ranges(self) -> bool:
+        """Whether activation scales come from all calibration tokens."""
+        scheme = self.composer.scheme
+        static = scheme.act_dynamic is not None and not scheme.act_dynamic
+        return static or is_nv_fp(scheme.act_data_type)
 
     @contextmanager
     def rounded_head(self, head: OutputHead) -> Iterator[OutputHead]:
@@ -407,6 +414,12 @@ class _Run:
         if not rounded:
             yield head
             return
+        if self.needs_activation_ranges:
+            raise NotImplementedError(
+                f"{', '.join(rounded)}: quantized outside of the blocks, with an "
+                "activation scale that only all tokens together give; allowed with "
+                "token selection is quant_lm_head=False"
+            )
 
         def q_head(hidden_states: Tensor) -> Tensor:
             try:
@@ -420,6 +433,9 @@ class _Run:
         yield q_head
 
 
+_SHIFT_TOKENS = 65536  # a K x K comparison for each of them exists at once
+
+
 class _MeanShift:
     """Routing shift per token, mean over the MoE layers."""
 
@@ -431,7 +447,12 @@ class _MeanShift:
         self, q_chosen: Mapping[str, Tensor], fp_chosen: Mapping[str, Tensor]
     ) -> None:
         for name, chosen in fp_chosen.items():
-            shift = routing_shift(q_chosen[name], chosen).cpu()
+            chunks = zip(
+                q_chosen[name].split(_SHIFT_TOKENS),
+                chosen.split(_SHIFT_TOKENS),
+                strict=True,
+            )
+            shift = torch.cat([routing_shift(q, fp).cpu() for q, fp in chunks])
             self._total = shift if self._total is None else self._total + shift
             self._layers += 1
 
@@ -475,7 +496,8 @@ def _own(weight: Tensor) -> nn.Parameter:
 def _copy_of(layer: nn.Module) -> nn.Module:
     """A layer with a weight of its own and everything else shared."""
     copied: nn.Module = layer.__class__.__new__(layer.__class__)
-    copied.__dict__ = layer.__dict__ | {"_parameters": dict(layer._parameters)}
+    own = ("_parameters", "_forward_pre_hooks")  # AutoRound's wrapper clears hooks
+    copied.__dict__ = layer.__dict__ | {n: layer.__dict__[n].copy() for n in own}
     copied.weight = _own(layer.weight)  # type: ignore[arg-type]
     return copied
 
