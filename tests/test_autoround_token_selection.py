@@ -19,7 +19,7 @@ from test_autoround import same, weights
 from test_capture import hook_count
 from vsraq import VSRAQConfig
 from vsraq.autoround import VSRAQQuantizer, token_selection
-from vsraq.autoround.token_selection import TokenRecorder, select_tokens
+from vsraq.autoround.token_selection import TokenRecorder, select_tokens_of_run
 from vsraq.capture import RouterCapture
 from vsraq.checkpoint import load_model
 from vsraq.metrics import routing_shift, sampled_jsd
@@ -40,7 +40,9 @@ def selecting(monkeypatch):
     def selecting(self, composer=None):
         prepare_run(self, composer=composer)
         ids = self.recorder.take()
-        selections.append(select_tokens(self._orchestrator, composer, ids, **options))
+        selections.append(
+            select_tokens_of_run(self._orchestrator, composer, ids, **options)
+        )
 
     monkeypatch.setattr(VSRAQQuantizer, "bind", recording)
     monkeypatch.setattr(VSRAQQuantizer, "prepare_run", selecting)

@@ -92,6 +92,7 @@ def test_the_public_names():
         "__version__",
         "find_routers",
         "realign_routers",
+        "select_tokens",
     }
 
 

@@ -9,7 +9,7 @@ from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 import tiny
 from test_autoround import padded, same, tuned, weights
 from test_capture import hook_count
-from vsraq import VSRAQConfig
+from vsraq import VSRAQConfig, select_tokens
 from vsraq.token_selection import Sampling, TokenMask
 
 FAMILY = "solar_open"
@@ -125,6 +125,16 @@ def test_selected_at_the_start_of_the_run(quantize, vsraq_log):
     assert "tau=0.05" in line
     assert not same(computed, tuned(quantize, config("ra")))
     assert same(computed, tuned(quantize, config(tau=0.05)))
+
+
+def test_selected_before_the_run(quantize):
+    arguments = tiny.RUN | {"tokenizer": tiny.tiny_tokenizer()}
+    model, dataset = tiny.tiny_model(FAMILY), tiny.calibration()
+    mask = select_tokens(model, dataset, "W4A16", tau=0.05, **arguments)
+    run, _ = quantize(tiny.tiny_model(FAMILY), config(tau=0.05, iters=1))
+    assert mask.digest == run.alg_composer.block_quantizer.token_mask.digest
+    assert 0 < mask.selected < mask.total
+    assert hook_count(model) == 0
 
 
 def test_a_refused_run_leaves_no_hook(quantize):

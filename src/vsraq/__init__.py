@@ -6,7 +6,7 @@ Importing this package registers the algorithm "vsraq" with AutoRound.
 
 from importlib.metadata import version
 
-from vsraq.autoround import VSRAQConfig
+from vsraq.autoround import VSRAQConfig, select_tokens
 from vsraq.objectives import OBJECTIVES, Objective
 from vsraq.realignment import realign_routers
 from vsraq.routers import Router, find_routers
@@ -20,4 +20,5 @@ __all__ = [
     "__version__",
     "find_routers",
     "realign_routers",
+    "select_tokens",
 ]

@@ -31,7 +31,8 @@ from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.schemes import QuantizationScheme
 
 from vsraq.autoround import VSRAQConfig
-from vsraq.autoround.token_selection import Selection, SelectionDoneError
+from vsraq.autoround.select_tokens import selection_of
+from vsraq.autoround.token_selection import Selection
 from vsraq.token_selection import TokenMask
 
 logger = logging.getLogger("autoround.vsraq")
@@ -287,17 +288,16 @@ def select_tokens(recipe: Recipe) -> Selection:
             "one with objective: sra or token_selection: true, and without token_mask"
         )
     config.select_only = True
-    try:
-        build(recipe, config=config).quantize()
-    except SelectionDoneError as done:
-        path = mask_path(recipe)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        mask = replace(
-            done.selection.mask, model=recipe.model, scheme=_rounding(recipe)
-        )
-        mask.save(path)
-        return done.selection
-    raise RuntimeError("AutoRound ended the run before it selected tokens")
+    autoround = build(recipe, config=config)
+    # as `run` does: a format may change what is quantized, and how
+    selection = selection_of(
+        lambda: autoround.quantize_and_save(recipe.output, format=recipe.format)
+    )
+    path = mask_path(recipe)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mask = replace(selection.mask, model=recipe.model, scheme=_rounding(recipe))
+    mask.save(path)
+    return selection
 
 
 def _rounding(recipe: Recipe) -> str:
@@ -306,7 +306,8 @@ def _rounding(recipe: Recipe) -> str:
     own = {k: v for k, v in recipe.algorithm.items() if k in fields_of_scheme}
     layers = ("ignore_layers", "layer_config", "quant_lm_head", "to_quant_block_names")
     own |= {k: v for k, v in recipe.runtime.items() if k in layers}
-    return f"{recipe.scheme} {own}" if own else recipe.scheme
+    rounding = f"{recipe.scheme} for {recipe.format}"
+    return f"{rounding} {own}" if own else rounding
 
 
 def _selects_tokens(config: SignRoundConfig) -> bool:

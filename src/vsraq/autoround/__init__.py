@@ -5,6 +5,7 @@ from auto_round.algorithms.registry import register_algorithm
 
 from vsraq.autoround.config import VSRAQConfig
 from vsraq.autoround.quantizer import VSRAQQuantizer
+from vsraq.autoround.select_tokens import select_tokens
 
 register_algorithm(
     "vsraq",
@@ -12,4 +13,4 @@ register_algorithm(
     summary="SignRound with router alignment for mixture-of-experts models.",
 )
 
-__all__ = ["VSRAQConfig", "VSRAQQuantizer"]
+__all__ = ["VSRAQConfig", "VSRAQQuantizer", "select_tokens"]

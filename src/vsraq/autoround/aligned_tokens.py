@@ -13,7 +13,7 @@ from vsraq.autoround.token_selection import (
     Selection,
     SelectionDoneError,
     TokenRecorder,
-    select_tokens,
+    select_tokens_of_run,
 )
 from vsraq.token_selection import TokenMask
 
@@ -137,7 +137,7 @@ class AlignedTokens:
         token_ids: Sequence[Tensor],
     ) -> Selection:
         alignment = self._config.alignment
-        selection = select_tokens(
+        selection = select_tokens_of_run(
             orchestrator,
             composer,
             token_ids,

@@ -575,12 +575,17 @@ class VSRAQQuantizer(SignRoundQuantizer):
         valid_token_mask = getattr(self, "_cached_valid_token_mask", None)
         batches = tensors.batches(self.block_forward.batch_size)
 
-        def counts(batch: list[int]) -> float:
-            counted = self._counted(self._mask(valid_token_mask, batch), batch)
-            return 1.0 if counted is None else counted.float().mean().item()
+        def selected(batch: list[int]) -> float:
+            """Share of the valid tokens."""
+            valid = self._mask(valid_token_mask, batch)
+            counted = self._counted(valid, batch)
+            if counted is None:
+                return 1.0
+            total = counted.numel() if valid is None else int(valid.sum())
+            return int(counted.sum()) / max(total, 1)
 
-        # where no token counts nothing is reached
-        samples = batches[0] if self.token_mask is None else max(batches, key=counts)
+        # without a selected token none is reached
+        samples = max(batches, key=selected)
         mask = self._mask(valid_token_mask, samples)
         with torch.enable_grad(), eager():
             output = self.block_forward.forward(

@@ -138,7 +138,7 @@ class Selection:
 
 
 @torch.no_grad()
-def select_tokens(
+def select_tokens_of_run(
     orchestrator: Any,
     composer: AlgorithmComposer,
     token_ids: Sequence[Tensor],
