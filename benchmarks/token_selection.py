@@ -67,7 +67,6 @@ def select(path: Path, samples: list[torch.Tensor], scheme: str) -> tuple[float,
         seqlen=samples[0].shape[-1],
         batch_size=BATCH,
         device_map="cpu",
-        amp=False,
         enable_torch_compile=False,
     )
     gc.collect()
@@ -83,7 +82,8 @@ def select(path: Path, samples: list[torch.Tensor], scheme: str) -> tuple[float,
 def two_passes(path: Path, samples: list[torch.Tensor]) -> float:
     model = load_model(path, dtype=torch.bfloat16)
     started = time.perf_counter()
-    with torch.no_grad():
+    # AutoRound runs blocks under this autocast
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for _ in range(2):
             for batch in torch.cat(samples).split(BATCH):
                 model(batch, use_cache=False)

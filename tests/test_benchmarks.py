@@ -71,6 +71,18 @@ def test_full_precision_routing_leaves_the_damage_of_the_layers():
     assert 0 < routed < compare(q_model, fp_model, batches).kl
 
 
+def test_the_cost_of_selecting_tokens_is_measured():
+    script = Path(routing.__file__).with_name("token_selection.py")
+    small = ["--layers=1", "--hidden=64", "--vocab=4096", "--samples=8", "--seqlen=16"]
+    printed = subprocess.run(
+        [sys.executable, script, *small, "--repeats=1"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert re.search(r"W4A16: median ratio \d+\.\d\d, peak \d+ MiB", printed)
+
+
 def result(method, seed, jaccard, kl, seconds):
     return asdict(cell_of(method, seed, 50, 32)) | {
         "seconds": seconds,
