@@ -6,6 +6,7 @@ import pytest
 import torch
 from auto_round import AutoRound
 from auto_round.algorithms.block_runner import _BLOCK_OUTPUT_REGISTRY
+from auto_round.algorithms.transforms.spinquant.preprocessor import SpinQuantConfig
 
 import tiny
 from test_autoround import same, tuned, weights
@@ -300,6 +301,27 @@ def test_no_hook_is_left_when_the_look_ahead_fails(quantize, monkeypatch):
         quantize(model, both(iters=4))
     del error
     assert hook_count(model) == 0
+
+
+def test_a_next_block_that_is_not_rotated_yet_is_refused(quantize, monkeypatch):
+    monkeypatch.setattr(VSRAQQuantizer, "quantize_block", None)
+    rotation = SpinQuantConfig(trainable_rotation=False, layerwise=True)
+    with pytest.raises(NotImplementedError, match="the next block is not rotated yet"):
+        quantize(tiny.tiny_model("solar_open"), [rotation, both()], amp=False)
+
+
+def test_blocks_with_arguments_of_their_own_are_refused(quantize, monkeypatch):
+    """AutoRound says so of Gemma 4."""
+    prepare_run = VSRAQQuantizer.prepare_run
+
+    def variable(self, composer=None):
+        self._orchestrator.has_variable_block_shape = True
+        prepare_run(self, composer)
+
+    monkeypatch.setattr(VSRAQQuantizer, "prepare_run", variable)
+    monkeypatch.setattr(VSRAQQuantizer, "quantize_block", None)
+    with pytest.raises(NotImplementedError, match="takes arguments of its own"):
+        quantize(tiny.tiny_model("solar_open"), both())
 
 
 def test_blocks_that_hand_on_more_than_hidden_states_are_refused(quantize, monkeypatch):
