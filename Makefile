@@ -39,10 +39,11 @@ lint: $(STAMP)
 bench-overhead: $(STAMP)
 	$(BIN)/python benchmarks/overhead.py
 
+# Models trained here are others than those of benchmarks/routing.jsonl.
+RESULTS ?= out/routing.jsonl
 bench-routing: $(STAMP)
-	$(BIN)/python benchmarks/routing.py run
-	$(BIN)/python benchmarks/routing.py table --plot docs/routing.png
-	$(BIN)/python benchmarks/routing.py document
+	$(BIN)/python benchmarks/routing.py run --results $(RESULTS)
+	$(BIN)/python benchmarks/routing.py table --results $(RESULTS) --plot out/routing.png
 	$(BIN)/python benchmarks/nvfp4_floor.py
 	$(BIN)/python benchmarks/routing_ceiling.py
 

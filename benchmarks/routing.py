@@ -20,6 +20,7 @@ change little, and wall time on an accelerator.
 
 import argparse
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -112,6 +113,10 @@ EXPERIMENTS: dict[str, dict[str, Any]] = _RATIOS | {
     "both, selection": _BOTH | {"rank_by": "selection"},
     "both, selected tokens": _BOTH | {"token_selection": True},
     "top 3K": {"realign_weighting": "top_3k"},
+    "ridge 1e-4": {"realign_ridge": 1e-4},
+    "ridge 1e-2": {"realign_ridge": 1e-2},
+    "both, next fixed 0.1": _BOTH | {"next_router_weight": 0.1},
+    "both, next fixed 10": _BOTH | {"next_router_weight": 10.0},
 }
 METHODS |= {_name + REFIT: _options for _name, _options in EXPERIMENTS.items()}
 METHODS["norms"] = EXPERIMENTS["norms"]
@@ -209,19 +214,29 @@ def heldout_texts(windows: int) -> dict[str, Sequence[Tensor]]:
     return texts
 
 
-def options_of(method: str) -> str:
-    return json.dumps(METHODS[method], sort_keys=True)
-
-
-def config_of(cell: Cell) -> Any:
-    arguments = METHODS[cell.method]
+def config_of(method: str, iters: int) -> Any:
+    arguments = METHODS[method]
     if arguments is None:
         return "rtn"
-    refit = cell.method.endswith(REFIT)
+    refit = method.endswith(REFIT)
     if "router_weight" not in arguments and not refit:
-        return SignRoundConfig(iters=cell.iters, **arguments)
+        return SignRoundConfig(iters=iters, **arguments)
     arguments = {"router_weight": 0.0, **arguments}
-    return vsraq.VSRAQConfig(iters=cell.iters, realign_routers=refit, **arguments)
+    return vsraq.VSRAQConfig(iters=iters, realign_routers=refit, **arguments)
+
+
+@functools.cache
+def options_of(method: str) -> str:
+    """What a method means, defaults of the library that take part included."""
+    options: dict[str, Any] = {"arguments": METHODS[method]}
+    config = config_of(method, 1)
+    if isinstance(config, vsraq.VSRAQConfig):
+        alignment, idle = config.alignment, config.idle()
+        own = {n: v for n, v in asdict(alignment).items() if n not in idle}
+        options["alignment"] = own
+        options["objective"] = str(config.resolve_objective())
+        options["next_router_objective"] = str(config.resolve_next_objective())
+    return json.dumps(options, sort_keys=True)
 
 
 def layer_config(scheme: str) -> dict[str, Any]:
@@ -282,7 +297,7 @@ def run_cell(
 ) -> dict[str, Any]:
     device = cell.device
     samples = calibration_windows(cell.nsamples, cell.seed)
-    config = config_of(cell)
+    config = config_of(cell.method, cell.iters)
     run = autoround_run(
         cell.model, cell.scheme, config, samples, seed=cell.seed, device=device
     )
@@ -423,11 +438,20 @@ class Row:
 def rows(
     results: Iterable[dict[str, Any]], text: str, iters: int, nsamples: int
 ) -> dict[tuple[str, str, str], Row]:
-    values = figures(results, text)
+    values = {
+        cell: own
+        for cell, own in figures(results, text).items()
+        if (cell.iters, cell.nsamples) == (iters, nsamples)
+    }
+    sources = {(c.model, c.weights, c.windows, c.device) for c in values}
+    if len(sources) > len({model for model, *_ in sources}):
+        raise ValueError(
+            "the results are of several trainings of a model, several numbers of "
+            f"held-out windows or several devices: {sorted(sources)}; allowed is one "
+            "of each per model, so keep them in several files (--results)"
+        )
     table: dict[tuple[str, str, str], Row] = defaultdict(Row)
     for cell, own in values.items():
-        if (cell.iters, cell.nsamples) != (iters, nsamples):
-            continue
         if METHODS.get(cell.method, ...) is ... or cell.options != options_of(
             cell.method
         ):
@@ -549,24 +573,33 @@ def write_document(path: Path, parts: Mapping[str, str]) -> None:
     for name, table in parts.items():
         marker = f"<!-- {name} -->\n"
         before, behind = text.split(marker)
-        text = f"{before}{marker}{table}\n\n{behind.split(chr(10) * 2, 1)[1]}"
+        _, blank, rest = behind.partition("\n\n")
+        text = before + marker + table + (blank or "\n") + rest
     path.write_text(text)
 
 
 def plot(table: dict[tuple[str, str, str], Row], path: Path) -> None:
+    """The gap closed by every method that was measured on each of the models."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    cells = [(m, s) for m in MODELS for s in SCHEMES if (m, s, "AutoRound") in table]
-    shown = {method for _, _, method in table}
-    methods = [m for m in METHODS if m in shown and not m.startswith("RTN")]
-    methods.remove("AutoRound")
+    cells = [
+        (m, s) for m in MODELS for s in SUMMARY_SCHEMES if (m, s, "AutoRound") in table
+    ]
+    methods = [
+        method
+        for method in METHODS
+        if method not in ("RTN", "RTN" + REFIT, "AutoRound")
+        and {model for model, _ in cells}
+        == {model for model, _, name in table if name == method}
+    ]
     figure, axes = pyplot.subplots(
         1,
         len(cells),
-        figsize=(2 + 2.2 * len(cells), 1 + 0.28 * len(methods)),
+        figsize=(2 + 1.5 * len(cells), 1 + 0.3 * len(methods)),
+        sharex=True,
         sharey=True,
         squeeze=False,
     )

@@ -18,13 +18,15 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from auto_round import AutoRound
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import vsraq
-from vsraq.autoround.token_selection import SelectionDoneError
+from vsraq.autoround.aligned_tokens import AlignedTokens
+from vsraq.autoround.select_tokens import selection_of
 from vsraq.checkpoint import load_model
 from vsraq.demo.run import load_tokenizer
 
@@ -54,9 +56,20 @@ def mib(field: str) -> float:
 
 
 def select(path: Path, samples: list[torch.Tensor], scheme: str) -> tuple[float, float]:
-    """Seconds, and MiB above what the process held before."""
+    """Seconds, and MiB above what AutoRound held when the selection began."""
     config = vsraq.VSRAQConfig(objective="sra", router_weight="auto", iters=1)
     config.select_only = True
+    peaks: list[float] = []
+    compute = AlignedTokens._compute
+
+    def measured(self: AlignedTokens, *args: Any) -> Any:
+        gc.collect()
+        held = mib("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        selection = compute(self, *args)
+        peaks.append(mib("VmHWM") - held)
+        return selection
+
     run = AutoRound(
         str(path),
         scheme=scheme,
@@ -67,23 +80,21 @@ def select(path: Path, samples: list[torch.Tensor], scheme: str) -> tuple[float,
         seqlen=samples[0].shape[-1],
         batch_size=BATCH,
         device_map="cpu",
+        amp=False,  # float32: bfloat16 on a CPU compiles a kernel for every shape
         enable_torch_compile=False,
     )
-    gc.collect()
-    held = mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    AlignedTokens._compute = measured
     try:
-        run.quantize()
-    except SelectionDoneError as done:
-        return done.selection.seconds, mib("VmHWM") - held
-    raise RuntimeError("the run ended before it selected tokens")
+        selection = selection_of(run.quantize)
+    finally:
+        AlignedTokens._compute = compute
+    return selection.seconds, peaks[0]
 
 
 def two_passes(path: Path, samples: list[torch.Tensor]) -> float:
-    model = load_model(path, dtype=torch.bfloat16)
+    model = load_model(path, dtype=torch.float32)
     started = time.perf_counter()
-    # AutoRound runs blocks under this autocast
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad():
         for _ in range(2):
             for batch in torch.cat(samples).split(BATCH):
                 model(batch, use_cache=False)
@@ -122,11 +133,11 @@ if __name__ == "__main__":
             above.append(memory)
             print(
                 f"two passes {plain:.1f} s, selection {seconds:.1f} s, ratio "
-                f"{ratios[-1]:.2f}, {memory:.0f} MiB above the model's skeleton",
+                f"{ratios[-1]:.2f}, {memory:.0f} MiB more than before",
                 flush=True,
             )
     tokens = ids.numel()
-    states = 2 * tokens * arguments.hidden * 2 / 2**20
+    states = 2 * tokens * arguments.hidden * 4 / 2**20
     print(
         f"{arguments.scheme}: median ratio {statistics.median(ratios):.2f}, peak "
         f"{statistics.median(above):.0f} MiB for a model of {size:.0f} MiB "

@@ -53,11 +53,29 @@ def cell_of(method, seed=0, iters=1, nsamples=2):
 
 def test_the_methods_are_configurations():
     for name in routing.METHODS:
-        config = routing.config_of(cell_of(name))
+        config = routing.config_of(name, 1)
         assert config == "rtn" or config.iters == 1
-    config = routing.config_of(cell_of(routing.DEFAULT))
+    config = routing.config_of(routing.DEFAULT, 1)
     assert config.alignment == VSRAQConfig().alignment
     assert config.resolve_objective() == VSRAQConfig().resolve_objective()
+
+
+def test_a_cell_says_what_its_method_meant():
+    """So that a cell is run again when a default that it used has changed."""
+    options = json.loads(routing.options_of(routing.DEFAULT))
+    alignment = options["alignment"]
+    assert alignment["auto_ratio"] == 1
+    assert alignment["realign_ridge"] == 1e-3
+    assert "tau" not in alignment  # selects no tokens
+    assert options["objective"] == "top3k_mse(multiplier=3)"
+    assert json.loads(routing.options_of("AutoRound")) == {"arguments": {}}
+
+
+def test_results_of_several_trainings_are_not_mixed():
+    own = result("AutoRound", 0, 0.8, 0.10, 10)
+    with pytest.raises(ValueError, match="several trainings of a model"):
+        routing.rows([own, own | {"weights": "y", "seed": 1}], "heldout", 50, 32)
+    assert routing.rows([own, own | {"weights": "y", "iters": 9}], "heldout", 50, 32)
 
 
 def test_full_precision_routing_leaves_the_damage_of_the_layers():
