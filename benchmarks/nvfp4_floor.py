@@ -9,7 +9,6 @@ compares it with full precision three times: as it is, with the original weights
 """
 
 import argparse
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -50,8 +49,8 @@ def report(name: str) -> None:
 
     def show(what: str) -> None:
         result = compare(q_model, fp_model, texts)
-        jaccard = statistics.mean(result.jaccard.values())
-        print(f"{name:12} {what:12} Jaccard {jaccard:.4f}  KL {result.kl:.4f}")
+        figures = f"Jaccard {result.mean_jaccard:.4f}  KL {result.kl:.4f}"
+        print(f"{name:12} {what:12} {figures}")
 
     layers = {
         n: m for n, m in q_model.named_modules() if hasattr(m, "dequant_weight_online")

@@ -5,15 +5,13 @@
 
 Tunes a model of `benchmarks/routing.py` with plain AutoRound and compares it with full
 precision four times: as it is; with its routers re-fitted on the calibration text;
-re-fitted on the held-out text itself, which is the most that a linear re-fit could do;
-and with every router reading its full-precision input, so that each token goes to its
-full-precision experts with its full-precision weights. What KL is left then is not the
-routing's.
+re-fitted on the held-out text itself, which no method may do; and with every router
+reading its full-precision input, so that each token goes to its full-precision experts
+with its full-precision weights. What KL is left then is not the routing's.
 """
 
 import argparse
 import copy
-import statistics
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -91,7 +89,7 @@ def report(name: str, scheme: str, seed: int) -> None:
 
     def compared(model: nn.Module) -> tuple[float, float]:
         result = compare(model, fp_model, texts)
-        return statistics.mean(result.jaccard.values()), result.kl
+        return result.mean_jaccard, result.kl
 
     show("AutoRound", *compared(q_model))
     for what, text in (("re-fit", samples), ("re-fit to held-out", torch.cat(texts))):
