@@ -54,7 +54,7 @@ if __name__ == "__main__":
                 model,
                 tiny.tiny_tokenizer(),
                 scheme="W4A16",
-                alg_configs=VSRAQConfig(iters=1, router_weight=0),
+                alg_configs=VSRAQConfig(iters=1, **tiny.PLAIN),
                 dataset=tiny.calibration(),
                 **tiny.RUN,
             ).quantize()

@@ -205,4 +205,4 @@ def test_with_the_variants_of_the_loop(option, quantize, vsraq_log):
 )
 def test_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        VSRAQConfig(**{"router_weight": 0} | kwargs)
+        VSRAQConfig(**tiny.PLAIN | kwargs)

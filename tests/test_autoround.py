@@ -7,6 +7,7 @@ import pytest
 import torch
 from auto_round import AutoRound
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.utils.device_manager import get_ar_device
 from torch import nn
 
 import families
@@ -43,7 +44,7 @@ def tuned(quantize, config, family="solar_open", scheme="W4A16", **kwargs):
 @pytest.mark.parametrize("scheme", ["W4A16", "NVFP4"])
 def test_weight_zero_is_autoround_bit_for_bit(quantize, scheme):
     plain = tuned(quantize, SignRoundConfig(iters=4), scheme=scheme)
-    zero = tuned(quantize, VSRAQConfig(iters=4, router_weight=0), scheme=scheme)
+    zero = tuned(quantize, VSRAQConfig(iters=4, **tiny.PLAIN), scheme=scheme)
     assert same(plain, zero)
     few = tuned(quantize, SignRoundConfig(iters=1), scheme=scheme)
     assert not same(plain, few)  # so the iterations did change something
@@ -99,7 +100,7 @@ def test_the_same_seed_gives_the_same_weights(quantize):
 @pytest.mark.parametrize("option", ["enable_adam", "enable_alg_ext"])
 def test_variants_compose(quantize, option, vsraq_log):
     plain = tuned(quantize, SignRoundConfig(iters=4, **{option: True}))
-    zero = tuned(quantize, VSRAQConfig(iters=4, router_weight=0, **{option: True}))
+    zero = tuned(quantize, VSRAQConfig(iters=4, **tiny.PLAIN, **{option: True}))
     assert same(plain, zero)
     aligned = tuned(quantize, VSRAQConfig(iters=4, router_weight=10, **{option: True}))
     assert not same(plain, aligned)
@@ -401,6 +402,17 @@ def block_run(block, config):
     return run, model.get_submodule(block), inputs
 
 
+def test_a_stream_in_two_precisions_is_refused(quantize, tmp_path, monkeypatch):
+    """A CPU without bfloat16 instructions; loaded as a whole, the model runs."""
+    monkeypatch.setattr(get_ar_device("cpu"), "_bf16_supported", False)
+    source = str(tiny.save("solar_open", tmp_path / "model"))
+    config = VSRAQConfig(iters=1)
+    with pytest.raises(ValueError, match=r"stored in 16 bits, .* AR_DISABLE_META_LOAD"):
+        quantize(source, config)
+    monkeypatch.setenv("AR_DISABLE_META_LOAD", "1")
+    quantize(source, config)
+
+
 def test_single_blocks_with_and_without_a_reference_output(vsraq_log):
     block = "model.layers.0"
     results = []
@@ -455,7 +467,7 @@ def test_the_router_term_survives_torch_compile(quantize, vsraq_log):
     config = {"iters": 3, "router_weight": 10.0, "not_use_best_mse": True}
     eager = tuned(quantize, VSRAQConfig(**config))
     compiled = tuned(quantize, VSRAQConfig(**config), enable_torch_compile=True)
-    plain = {**config, "router_weight": 0}
+    plain = {**config, **tiny.PLAIN}
     without = tuned(quantize, VSRAQConfig(**plain), enable_torch_compile=True)
     lines = block_lines(vsraq_log)
     assert len(lines) == 4

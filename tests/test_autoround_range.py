@@ -155,7 +155,7 @@ def test_both_losses_are_active(case, tmp_path, vsraq_log):
         (line["reached"], line["next_reached"]) for line in block_lines(vsraq_log)
     ]
     assert tuple(reached) == case.reached
-    plain = run(case, tmp_path, VSRAQConfig(router_weight=0, **common))
+    plain = run(case, tmp_path, VSRAQConfig(**tiny.PLAIN, **common))
     assert not same(tuned, plain)
 
 

@@ -50,7 +50,7 @@ def selecting(monkeypatch):
 
 
 def plain(**kwargs):
-    return VSRAQConfig(router_weight=0, **{"iters": 1} | kwargs)
+    return VSRAQConfig(**tiny.PLAIN, **{"iters": 1} | kwargs)
 
 
 def padded(ids):

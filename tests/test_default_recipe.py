@@ -15,7 +15,13 @@ from vsraq.autoround.config import DEFAULT_RECIPE, Alignment
         ({}, DEFAULT_RECIPE),
         ({"objective": "router_kl"}, DEFAULT_RECIPE),
         ({"router_weight": 0.01}, Alignment(0.01, 0.0, False)),
-        ({"router_weight": 0}, Alignment(0, 0.0, False)),
+        ({"router_weight": 0}, Alignment(0, "auto", True)),
+        ({"next_router_weight": 0}, Alignment("auto", 0, True)),
+        ({"realign_routers": False}, Alignment("auto", "auto", False)),
+        ({"router_weight": 0, "realign_routers": False}, Alignment(0, "auto", False)),
+        ({"router_weight": 0, "realign_routers": True}, Alignment(0, 0.0, True)),
+        ({"router_weight": 0.1, "realign_routers": False}, Alignment(0.1, 0.0, False)),
+        (tiny.PLAIN, Alignment(0, 0, False)),
         ({"next_router_weight": "auto"}, Alignment(0.0, "auto", False)),
         ({"realign_routers": True}, Alignment(0.0, 0.0, True)),
         (
@@ -24,7 +30,8 @@ from vsraq.autoround.config import DEFAULT_RECIPE, Alignment
         ),
     ],
 )
-def test_what_is_not_named_is_off(named, expected):
+def test_switching_parts_on_or_off(named, expected):
+    """On: only those. Off: the others stay."""
     assert VSRAQConfig(**named).alignment == expected
 
 

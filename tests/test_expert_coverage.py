@@ -64,11 +64,28 @@ def export(tmp_path):
 @pytest.mark.parametrize("parts", PARTS, ids=lambda p: ",".join(p) or "default")
 def test_counts_are_those_of_full_precision(parts, export):
     counts = export(tiny.tiny_model(FAMILY), VSRAQConfig(iters=1, **parts))
-    routers = {n: r["tokens"] for n, r in counts["routers"].items()}
+    counted = counts["routers"].items()
+    routers = {name: router["full_precision_tokens"] for name, router in counted}
     masks = [torch.ones(1, tiny.SEQLEN) for _ in range(8)]
     for mask in masks:
         mask[0, -1] = 0  # AutoRound counts no loss there
     assert routers == expected(tiny.tiny_model(FAMILY), masks)
+
+
+def test_counts_are_those_of_the_quantized_stream(export, quantize):
+    """The second router reads what the first, quantized block sends it."""
+    config = VSRAQConfig(iters=1, router_weight=1.0)
+    first_only = {"to_quant_block_names": "model.layers.0", "group_size": 32}
+    _, model = quantize(tiny.tiny_model(FAMILY), config, amp=False, **first_only)
+    masks = [torch.ones(1, tiny.SEQLEN) for _ in range(8)]
+    for mask in masks:
+        mask[0, -1] = 0
+    by_first_block = expected(model.float(), masks)
+    counts = export(tiny.tiny_model(FAMILY), config)["routers"]
+    first, second = counts
+    assert counts[first]["tokens"] == counts[first]["full_precision_tokens"]
+    assert counts[second]["tokens"] == by_first_block[second]
+    assert counts[second]["tokens"] != counts[second]["full_precision_tokens"]
 
 
 def test_padding_does_not_count(export):
@@ -77,6 +94,7 @@ def test_padding_does_not_count(export):
     valid = 8 * tiny.SEQLEN // 2
     for router in counts["routers"].values():
         assert sum(router["tokens"]) == valid * tiny.TOP_K
+        assert sum(router["full_precision_tokens"]) == valid * tiny.TOP_K
 
 
 def starving():
@@ -101,11 +119,13 @@ def test_unreached_experts_are_named(export, vsraq_log):
     assert line.split()[-3:] == ["1", "of", "8"]
 
 
-def test_unreached_experts_end_the_run_if_asked(quantize):
+def test_unreached_experts_end_the_run_if_asked(quantize, vsraq_log):
+    """Before the block that has one is tuned."""
     config = VSRAQConfig(iters=1, on_unreached="error")
     message = r"router model\.layers\.1\.mlp\.gate: experts \[3\] got fewer than"
     with pytest.raises(ValueError, match=message):
         quantize(starving(), config)
+    assert [line["block"] for line in tiny.block_lines(vsraq_log)] == ["model.layers.0"]
 
 
 def test_two_blocks_at_once_have_their_own_names(export):
@@ -126,7 +146,7 @@ def test_routers_that_were_not_counted_are_said(quantize, vsraq_log):
 def test_options_that_count_nothing():
     for option in ({"min_tokens_per_expert": 5}, {"on_unreached": "error"}):
         with pytest.raises(ValueError, match="no effect without a part of the align"):
-            VSRAQConfig(router_weight=0, **option)
+            VSRAQConfig(**tiny.PLAIN, **option)
 
 
 def test_a_higher_minimum(quantize, vsraq_log):
@@ -146,7 +166,7 @@ def test_without_an_export_nothing_is_written(
 
 
 def test_plain_autoround_counts_nothing(quantize, vsraq_log):
-    quantize(tiny.tiny_model(FAMILY), VSRAQConfig(iters=1, router_weight=0))
+    quantize(tiny.tiny_model(FAMILY), VSRAQConfig(iters=1, **tiny.PLAIN))
     assert not any("tokens per expert" in m for m in vsraq_log)
 
 
@@ -176,9 +196,11 @@ def test_coverage_counts_and_saves(tmp_path):
     coverage = ExpertCoverage(min_tokens=2)
     assert not coverage
     selected = torch.tensor([[0, 1], [0, 2], [3, 0]], dtype=torch.int16)
-    coverage.add("gate", 5, selected)
-    coverage.add("gate", 5, selected, torch.tensor([1, 0, 0]))
+    in_full_precision = torch.tensor([[4, 1], [4, 2], [3, 4]], dtype=torch.int16)
+    coverage.add("gate", 5, selected, in_full_precision)
+    coverage.add("gate", 5, selected, in_full_precision, torch.tensor([1, 0, 0]))
     assert coverage.tokens["gate"].tolist() == [4, 2, 1, 1, 0]
+    assert coverage.fp_tokens["gate"].tolist() == [0, 2, 1, 1, 4]
     assert coverage.starved("gate") == [2, 3, 4]
     path = coverage.save(tmp_path / "new")
     assert json.loads(path.read_text()) == coverage.as_dict()

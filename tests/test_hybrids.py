@@ -97,7 +97,7 @@ def test_tensors_give_the_same_weights_as_a_data_set(quantize, monkeypatch):
     _, plain = quantize(
         tiny.tiny_model("nemotron_h"), SignRoundConfig(**options), dataset="tiny"
     )
-    config = VSRAQConfig(**options, router_weight=0)
+    config = VSRAQConfig(**options, **tiny.PLAIN)
     _, from_tensors = quantize(tiny.tiny_model("nemotron_h"), config)
     assert same(weights(plain), weights(from_tensors))
 

@@ -81,7 +81,7 @@ def test_the_next_router_reaches_the_experts(quantize, vsraq_log):
     assert line["reached"] is None
     assert (line["next_reached"], line["next_quantized"]) == ("31", "31")
     assert float(line["n1"]) < float(line["n0"])
-    plain = tuned(quantize, VSRAQConfig(iters=20, router_weight=0))
+    plain = tuned(quantize, VSRAQConfig(iters=20, **tiny.PLAIN))
     expert = "model.layers.0.mlp.experts.0.down_proj"
     assert not torch.equal(plain[expert], weights(model)[expert])
     assert any("no MoE router in the 0 blocks behind it" in m for m in vsraq_log)
@@ -112,7 +112,7 @@ def test_a_term_that_reaches_nothing_does_not_choose_the_best_iteration(
 ):
     """It differs by micro-batch, of which an iteration sees one."""
     run = {"family": "nemotron_h", "batch_size": 2}
-    plain = tuned(quantize, VSRAQConfig(iters=30, router_weight=0), **run)
+    plain = tuned(quantize, VSRAQConfig(iters=30, **tiny.PLAIN), **run)
     aligned = tuned(quantize, VSRAQConfig(iters=30, router_weight=1e6), **run)
     assert {line["reached"] for line in block_lines(vsraq_log)} == {"0"}
     assert same(aligned, plain)
@@ -143,13 +143,14 @@ def test_the_lookahead_is_limited(lookahead, blocks, quantize, vsraq_log):
     ids=str,
 )
 def test_in_the_variants_of_autorounds_loop(options, quantize, vsraq_log):
-    own = {"iters": 3, "not_use_best_mse": True, "router_weight": 0, **options}
+    own = {"iters": 3, "not_use_best_mse": True, **options}
     weights = {"next_router_weight": "auto", "objective": "top3k_mse"}
     with_term = tuned(quantize, VSRAQConfig(**own, **weights), family="glm4_moe")
     first = block_lines(vsraq_log)[0]
     assert float(first["next_weight"]) > 0
     assert first["next_reached"] == first["next_quantized"]
-    assert not same(with_term, tuned(quantize, VSRAQConfig(**own), family="glm4_moe"))
+    plain = VSRAQConfig(**own, **tiny.PLAIN)
+    assert not same(with_term, tuned(quantize, plain, family="glm4_moe"))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ here")

@@ -175,10 +175,20 @@ def test_the_qwen_example(tmp_path):
     assert "vsraq: selected " not in second
 
 
+# `tiny` lets AutoRound stream bfloat16 on every CPU
+RUN_SCRIPT = (
+    "import runpy, sys, tiny; sys.argv = sys.argv[1:]; "
+    "runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+
 def run_example(script, scheme, model, dataset, folder, *more):
+    folders = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [
             sys.executable,
+            "-c",
+            RUN_SCRIPT,
             ROOT / "examples" / script,
             scheme,
             f"--model={model}",
@@ -193,7 +203,12 @@ def run_example(script, scheme, model, dataset, folder, *more):
         capture_output=True,
         text=True,
         # the examples leave torch.compile at AutoRound's default, which needs g++
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "TORCHDYNAMO_DISABLE": "1"},
+        env=os.environ
+        | {
+            "HF_HUB_OFFLINE": "1",
+            "TORCHDYNAMO_DISABLE": "1",
+            "PYTHONPATH": os.pathsep.join(folders),
+        },
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

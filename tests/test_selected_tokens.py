@@ -10,6 +10,7 @@ import tiny
 from test_autoround import padded, same, tuned, weights
 from test_capture import hook_count
 from vsraq import VSRAQConfig, select_tokens
+from vsraq.autoround import VSRAQQuantizer
 from vsraq.token_selection import Sampling, TokenMask
 
 FAMILY = "solar_open"
@@ -71,7 +72,7 @@ def test_a_mask_of_ones_is_ra_bit_for_bit(parts, text, quantize, tmp_path):
 
 def test_without_a_weight_it_is_autoround(quantize):
     plain = tuned(quantize, SignRoundConfig(iters=3, not_use_best_mse=True))
-    assert same(plain, tuned(quantize, config("sra", router_weight=0)))
+    assert same(plain, tuned(quantize, config("sra", **tiny.PLAIN)))
 
 
 @pytest.mark.parametrize("parts", PARTS, ids=lambda p: ",".join(p) or "own")
@@ -127,6 +128,47 @@ def test_selected_at_the_start_of_the_run(quantize, vsraq_log):
     assert same(computed, tuned(quantize, config(tau=0.05)))
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["ra", "sra"])
+def test_gradient_accumulation_is_the_undivided_batch(masked, quantize, monkeypatch):
+    """Eq. 8 over the tokens of the step: 8 micro-batches of 1 are one batch of 8."""
+    step = VSRAQQuantizer._step
+    gradients = []
+
+    def spy(self, scaler, optimizer, lr_schedule):
+        rounding = optimizer.param_groups[0]["params"]
+        gradients.append(torch.cat([p.grad.flatten() for p in rounding]))
+        step(self, scaler, optimizer, lr_schedule)
+
+    monkeypatch.setattr(VSRAQQuantizer, "_step", spy)
+    # from 1 to 29 selected tokens a sample, and padding in two of them
+    counts = [1, 2, 3, 5, 8, 13, 21, 29]
+    masks = [torch.arange(tiny.SEQLEN) < count for count in counts]
+    samples = tiny.calibration()
+    for ids in samples[:2]:
+        ids[:, 20:] = 0
+    mask = {"token_mask": mask_of(masks, samples)} if masked else {}
+
+    def first_gradients(router_weight, batch_size, steps):
+        gradients.clear()
+        own = config(
+            "sra" if masked else "ra",
+            router_weight=router_weight,
+            iters=1,
+            gradient_accumulate_steps=steps,
+            **mask,
+        )
+        run = {"batch_size": batch_size, "amp": False, "dataset": samples}
+        tuned(quantize, own, **run)
+        return gradients[0] / (1 if steps == 1 else 8 * tiny.SEQLEN * 64)
+
+    at_once, accumulated = first_gradients(100.0, 8, 1), first_gradients(100.0, 1, 8)
+    close = {"rtol": 1e-3, "atol": 1e-3 * at_once.abs().mean().item()}
+    torch.testing.assert_close(accumulated, at_once, **close)
+    reconstruction = first_gradients(1e-9, 8, 1)
+    router = (at_once - reconstruction).abs().mean()
+    assert router > 0.1 * reconstruction.abs().mean()  # so the term is in it
+
+
 def test_selected_before_the_run(quantize):
     arguments = tiny.RUN | {"tokenizer": tiny.tiny_tokenizer()}
     model, dataset = tiny.tiny_model(FAMILY), tiny.calibration()
@@ -160,7 +202,7 @@ def test_an_automatic_weight_is_found_where_tokens_are_selected(quantize, vsraq_
 
 
 def test_nothing_to_align_selects_nothing(quantize, vsraq_log):
-    zero = VSRAQConfig(iters=1, objective="sra", router_weight=0)
+    zero = VSRAQConfig(iters=1, objective="sra", **tiny.PLAIN)
     assert not zero.alignment.token_selection
     quantize(tiny.tiny_model(FAMILY), zero)
     assert not any("selected" in m for m in vsraq_log)

@@ -6,6 +6,7 @@ import random
 import re
 
 import torch
+from auto_round.utils.device_manager import get_ar_device
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -22,6 +23,11 @@ from transformers import (
     Qwen3MoeConfig,
     SolarOpenConfig,
 )
+
+# AutoRound tunes in bfloat16 on CPUs that have it as an instruction, and cannot stream
+# a bfloat16 checkpoint on others. torch computes it on every CPU, so that the tests do
+# the same on each.
+get_ar_device("cpu")._bf16_supported = True
 
 VOCAB = 256
 SEQLEN = 32
@@ -141,6 +147,9 @@ def tiny_tokenizer():
         tokenizer_object=tokenizer, eos_token=alphabet[0], pad_token=alphabet[0]
     )
 
+
+# Every part off: AutoRound's own algorithm.
+PLAIN = {"router_weight": 0, "next_router_weight": 0, "realign_routers": False}
 
 # How every tiny model goes through AutoRound; a test adds what it is about.
 RUN = {

@@ -25,19 +25,26 @@ class ExpertCoverage:
     Args:
         min_tokens: Experts with fewer tokens are named.
 
+    Experts are tuned on what the quantized stream sends them, so that decides which
+    have too few; what full precision sends them stands beside it.
+
     Attributes:
-        tokens: By router name, tokens of each expert, (E,) int64.
+        tokens: By router name, tokens of each expert on the quantized stream, (E,)
+            int64.
+        fp_tokens: The same in full precision.
     """
 
     def __init__(self, min_tokens: int = 1) -> None:
         self.min_tokens = min_tokens
         self.tokens: dict[str, Tensor] = {}
+        self.fp_tokens: dict[str, Tensor] = {}
 
     def add(
         self,
         router: str,
         num_experts: int,
-        selected: Tensor,
+        q_selected: Tensor,
+        fp_selected: Tensor,
         mask: Tensor | None = None,
     ) -> None:
         """Count some tokens.
@@ -45,13 +52,18 @@ class ExpertCoverage:
         Args:
             router: The router's name.
             num_experts: Experts with weights; choices behind them do not count.
-            selected: The experts that it chose, (T, K).
+            q_selected: The experts that it chose on the quantized stream, (T, K).
+            fp_selected: Those that it chose in full precision, (T, K).
             mask: Tokens that count, (T,), or None for all.
         """
-        if mask is not None:
-            selected = selected[mask.to(selected.device).bool()]
-        counts = torch.bincount(selected.flatten().long(), minlength=num_experts)
-        self.tokens[router] = self.tokens.get(router, 0) + counts[:num_experts].cpu()
+        for counts, selected in (
+            (self.tokens, q_selected),
+            (self.fp_tokens, fp_selected),
+        ):
+            if mask is not None:
+                selected = selected[mask.to(selected.device).bool()]
+            found = torch.bincount(selected.flatten().long(), minlength=num_experts)
+            counts[router] = counts.get(router, 0) + found[:num_experts].cpu()
 
     def starved(self, router: str) -> list[int]:
         """Experts with fewer than `min_tokens` tokens."""
@@ -81,7 +93,11 @@ class ExpertCoverage:
         return {
             "min_tokens_per_expert": self.min_tokens,
             "routers": {
-                name: {"tokens": tokens.tolist(), "below_minimum": self.starved(name)}
+                name: {
+                    "tokens": tokens.tolist(),
+                    "full_precision_tokens": self.fp_tokens[name].tolist(),
+                    "below_minimum": self.starved(name),
+                }
                 for name, tokens in self.tokens.items()
             },
         }

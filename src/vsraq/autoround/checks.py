@@ -4,9 +4,11 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from auto_round.algorithms.block_runner import _BLOCK_OUTPUT_REGISTRY
 from auto_round.utils import check_to_quantized, get_block_names
+from safetensors import safe_open
 from torch import nn
 
 from vsraq.autoround.config import Alignment
@@ -111,6 +113,33 @@ def check_smoothing(
                     )
 
 
+def check_stream(model_context: Any) -> None:
+    """Refuse to stream a checkpoint that AutoRound would read in two precisions.
+
+    On a CPU without bfloat16 instructions AutoRound 0.16 tunes in float32, but reads
+    16-bit blocks from disk as they are, so the first block would crash.
+
+    Args:
+        model_context: AutoRound's, of the run.
+
+    Raises:
+        ValueError: The run would crash in its first block.
+    """
+    index = model_context._disk_stream_index
+    if index is None or model_context.amp_dtype != torch.float32:
+        return
+    shard = next(iter(index.weight_map.values()))
+    with safe_open(index.checkpoint_dir / shard, framework="pt") as file:
+        stored = {file.get_slice(name).get_dtype() for name in file.keys()}
+    if stored & {"BF16", "F16"}:
+        raise ValueError(
+            f"model={str(index.checkpoint_dir)!r}: it is stored in 16 bits, and on "
+            "this device AutoRound tunes in float32 and cannot stream it; set "
+            "AR_DISABLE_META_LOAD=1, which loads the whole model, or pass a model in "
+            "memory"
+        )
+
+
 def check_run(alignment: Alignment, calibration: Any) -> None:
     """Refuse runs in which a part of the alignment cannot work.
 
@@ -131,8 +160,8 @@ def check_run(alignment: Alignment, calibration: Any) -> None:
     if alignment.realign_routers and calibration.nsamples < 2:
         raise ValueError(
             f"nsamples={calibration.nsamples}: re-fitting routers needs 2 samples or "
-            "more, one of which decides; calibrate on more, or name the parts that you "
-            'want without realign_routers (router_weight="auto", ...)'
+            "more, one of which decides; calibrate on more, or pass "
+            "realign_routers=False"
         )
     weights = (alignment.router_weight, alignment.next_router_weight)
     processes = dist.get_world_size() if dist.is_initialized() else 1
@@ -145,8 +174,7 @@ def check_run(alignment: Alignment, calibration: Any) -> None:
 
 
 WITHOUT_NEXT_ROUTER = (
-    "no next-router term for this run; allowed is next_router_weight=0 (name the other "
-    'parts that you want: router_weight="auto", realign_routers=True)'
+    "no next-router term for this run; allowed is next_router_weight=0"
 )
 
 

@@ -96,6 +96,7 @@ class Alignment:
         return needed
 
 
+PARTS = ("router_weight", "next_router_weight", "realign_routers")
 # chosen by benchmarks/routing.py; see docs/results.md
 DEFAULT_RECIPE = Alignment("auto", "auto", realign_routers=True)
 
@@ -112,11 +113,12 @@ class VSRAQConfig(SignRoundConfig):
     A block's own router sees only what stands before it, attention; the next router
     sees the block's experts too.
 
-    Without `router_weight`, `next_router_weight` and `realign_routers` all three are
-    on, with automatic weights: the recipe that measured best. Name one of them, and
-    those that are not named are off: `objective="vsraq", router_weight=0.01` is the
-    setting of the VSRAQ paper, `router_weight=0` AutoRound's own algorithm, bit for
-    bit.
+    By default `router_weight`, `next_router_weight` and `realign_routers` are all on,
+    with automatic weights: the recipe that measured best. Switch parts on to have only
+    those, or switch parts off to have the others. So `objective="vsraq",
+    router_weight=0.01` is the setting of the VSRAQ paper, `realign_routers=False` the
+    default without re-fitted routers, and all three off is AutoRound's own algorithm,
+    bit for bit.
 
     Args:
         objective: A name from `vsraq.OBJECTIVES`, or a `vsraq.Objective`; the default
@@ -253,17 +255,18 @@ class VSRAQConfig(SignRoundConfig):
 
     @property
     def alignment(self) -> Alignment:
-        """The parts that are on: those that are named, or else the default recipe."""
+        """The parts that are on.
+
+        Switch parts on to have only those, or switch parts off to have the others.
+        """
         names = [field.name for field in fields(Alignment)]
         named = {n: v for n in names if (v := getattr(self, n)) is not None}
-        if not named.keys() & {
-            "router_weight",
-            "next_router_weight",
-            "realign_routers",
-        }:
-            alignment = replace(DEFAULT_RECIPE, **named)
-        else:
+        # 0 and False are off; anything else, a mistake too, is on
+        some_on = any(named.get(part, 0) != 0 for part in PARTS)
+        if some_on:
             alignment = Alignment(**named)
+        else:
+            alignment = replace(DEFAULT_RECIPE, **named)
         if self.token_selection is None and self._is_selective(alignment):
             return replace(alignment, token_selection=True)
         return alignment

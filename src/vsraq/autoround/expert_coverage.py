@@ -27,14 +27,19 @@ class RunCoverage:
         self._on_unreached = on_unreached
 
     def add(
-        self, router: str, num_experts: int, selected: Tensor, mask: Tensor | None
+        self,
+        router: str,
+        num_experts: int,
+        q_selected: Tensor,
+        fp_selected: Tensor,
+        mask: Tensor | None,
     ) -> None:
         """Count the tokens of one router's experts; see `ExpertCoverage.add`.
 
         Raises:
             ValueError: Some expert got too few, and that is an error.
         """
-        self._counts.add(router, num_experts, selected, mask)
+        self._counts.add(router, num_experts, q_selected, fp_selected, mask)
         starved = self._counts.starved(router)
         if starved and self._on_unreached == "error":
             raise ValueError(

@@ -34,6 +34,7 @@ from vsraq.autoround.checks import (
     check_run,
     check_selection,
     check_smoothing,
+    check_stream,
     within_reach,
 )
 from vsraq.autoround.config import Alignment, VSRAQConfig
@@ -51,6 +52,7 @@ from vsraq.autoround.next_router import (
     load_without_experts,
 )
 from vsraq.autoround.resume_guard import guard_resume
+from vsraq.autoround.routing_pass import selected_experts
 from vsraq.autoround.terms import (
     NEXT_ROUTER,
     OWN_ROUTER,
@@ -135,6 +137,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
         self._fp_capture: FullPrecisionCapture | None = None
         self._coverage = RunCoverage()
         self._run: BlockRun | None = None
+        self._step_samples: list[int] = []  # of the step, over all micro-batches
         self._aligned_tokens: AlignedTokens | None = None
         self._checked = False
 
@@ -193,7 +196,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
         Raises:
             ValueError: The model has no MoE router, one is to be quantized, the
                 objective needs more experts than one has, calibration samples are too
-                few or padded as a hybrid cannot take it, or `AR_RESUME_DIR` holds an
+                few or padded as a hybrid cannot take it, a checkpoint cannot be
+                streamed in the device's precision, or `AR_RESUME_DIR` holds an
                 unfinished run with other settings.
             NotImplementedError: Its hidden states are not (batch, sequence, hidden),
                 its blocks cannot be run ahead, or several processes tune together.
@@ -201,6 +205,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
         if self._aligned_tokens is not None:
             self._aligned_tokens.end_calibration()
         super().prepare_run(composer=composer)
+        check_stream(self.model_context)
         self._coverage = RunCoverage(
             self.config.min_tokens_per_expert, self.config.on_unreached
         )
@@ -405,12 +410,13 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 name, block, tensors, derivable=q_inputs is None
             )
         fp_targets = fp_routers.targets
+        names = {r.name: _full_name(block_ctx.block_names, r.name) for r in routers}
+        self._find_valid_tokens(kwargs.get("input_ids"))
+        self._count_tokens(block, routers, names, fp_routers, tensors, use_q)
         last_block = block_ctx.block_names[-1]
         best_params = self._tune(
             tune, name, last_block, routers, fp_targets, block, tensors
         )
-        names = {r.name: _full_name(block_ctx.block_names, r.name) for r in routers}
-        self._count_tokens(block, routers, names, fp_routers, len(tensors.fp_outputs))
         if self._alignment.realign_routers:
             for router in routers:
                 self._refit(names[router.name], block, router, fp_targets, tensors)
@@ -575,17 +581,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
         valid_token_mask = getattr(self, "_cached_valid_token_mask", None)
         batches = tensors.batches(self.block_forward.batch_size)
 
-        def selected(batch: list[int]) -> float:
-            """Share of the valid tokens."""
-            valid = self._mask(valid_token_mask, batch)
-            counted = self._counted(valid, batch)
-            if counted is None:
-                return 1.0
-            total = counted.numel() if valid is None else int(valid.sum())
-            return int(counted.sum()) / max(total, 1)
-
         # without a selected token none is reached
-        samples = max(batches, key=selected)
+        samples = max(batches, key=partial(self._selected_share, valid_token_mask))
         mask = self._mask(valid_token_mask, samples)
         with torch.enable_grad(), eager():
             output = self.block_forward.forward(
@@ -634,24 +631,34 @@ class VSRAQQuantizer(SignRoundQuantizer):
             return valid
         return selected if valid is None else valid * selected.to(valid)
 
+    def _find_valid_tokens(self, input_ids: list[Tensor] | None) -> None:
+        """What AutoRound does once the first block is tuned; here before that."""
+        if input_ids is not None and not hasattr(self, "_cached_valid_token_mask"):
+            self._cached_valid_token_mask = self._compute_valid_token_mask(input_ids)
+
     def _count_tokens(
         self,
         block: nn.Module,
         routers: Sequence[Router],
         names: dict[str, str],
         fp_routers: FpRouters,
-        samples: int,
+        tensors: BlockTensors,
+        quantized_stream: bool,
     ) -> None:
-        """Count the tokens that a block's experts were tuned on."""
+        """Count the tokens that a block's experts are about to be tuned on."""
+        fp_selected = fp_routers.selected
+        counted = [router for router in routers if router.name in fp_selected]
+        q_selected = fp_selected
+        if quantized_stream:
+            q_selected = selected_experts(block, counted, tensors, self.block_forward)
         valid_token_mask = getattr(self, "_cached_valid_token_mask", None)
-        mask = self._mask(valid_token_mask, range(samples))
-        for router in routers:
-            if router.name not in fp_routers.selected:
-                continue
+        mask = self._mask(valid_token_mask, range(len(tensors.fp_outputs)))
+        for router in counted:
             self._coverage.add(
                 names[router.name],
                 count_experts(block, router),
-                fp_routers.selected[router.name],
+                q_selected[router.name],
+                fp_selected[router.name],
                 mask,
             )
 
@@ -738,9 +745,11 @@ class VSRAQQuantizer(SignRoundQuantizer):
             share = valid.sum() / valid.numel()
         total = reconstruction
         counted = self._counted(valid, samples)
+        weight = self._weight_in_step(valid_token_mask, samples)
         current = run.current
         for term in run.terms:
             loss = term.loss(pred_output, samples, counted).to(reconstruction.device)
+            loss = weight * loss
             current.add(term.label, loss)
             # One that nothing moves differs by micro-batch only, and would choose the
             # best iteration by that.
@@ -760,6 +769,46 @@ class VSRAQQuantizer(SignRoundQuantizer):
         current.valid_tokens += 0.0 if valid is None else valid.sum()
         current.batches += 1
         return total
+
+    def _get_non_zero_cnt(self, tensor: list[Tensor], indices: list[int]) -> int:
+        """AutoRound's count of a step's valid tokens, which tells us its samples."""
+        self._step_samples = [int(i) for i in indices]
+        count: int = super()._get_non_zero_cnt(tensor, indices)
+        return count
+
+    def _weight_in_step(
+        self, valid_token_mask: list[Tensor] | None, samples: list[int]
+    ) -> float:
+        """What a micro-batch's mean over selected tokens counts in its step.
+
+        AutoRound adds up micro-batches by their valid tokens. A mean over selected
+        tokens counts by those, so that the step is SRA's Eq. 8 over all of its tokens:
+        (selected here / selected in the step) * (valid in the step / valid here).
+        """
+        if self.token_mask is None or self.gradient_accumulate_steps == 1:
+            return 1.0
+        step = self._step_samples
+        if not set(samples) <= set(step):
+            raise RuntimeError(
+                "AutoRound did not say which samples a step has, so the mean over its "
+                "selected tokens is unknown; allowed with token selection is "
+                "gradient_accumulate_steps=1 here"
+            )
+
+        in_step = self._selected_share(valid_token_mask, step)
+        here = self._selected_share(valid_token_mask, samples)
+        return here / in_step if in_step > 0 else 0.0
+
+    def _selected_share(
+        self, valid_token_mask: list[Tensor] | None, samples: Sequence[int]
+    ) -> float:
+        """Share of the valid tokens of some samples that count for the routers."""
+        valid = self._mask(valid_token_mask, samples)
+        counted = self._counted(valid, samples)
+        if counted is None:
+            return 1.0
+        total = counted.numel() if valid is None else int(valid.sum())
+        return int(counted.sum()) / max(total, 1)
 
     def _reconstruction_is_sum(self, loss_func: Callable[..., Tensor]) -> bool:
         # AutoRound's outlier-suppressed loss (alg_ext) averages whatever loss_func is.
