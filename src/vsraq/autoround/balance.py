@@ -6,8 +6,8 @@ loss's gradient is beside the other's, not how large the losses are.
 """
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
-import torch
 from auto_round.wrapper import WrapperLinear
 from torch import Tensor, nn
 
@@ -67,10 +67,23 @@ def balance_terms(
 def _magnitudes(
     loss: Tensor | None, parameters: Sequence[Tensor], *, keep_graph: bool
 ) -> list[float | None]:
-    """Sum of the gradient's magnitudes per parameter; None where there is no path."""
+    """Sum of the gradient's magnitudes per parameter; None where there is no path.
+
+    Each gradient is summed and dropped as soon as it is complete. All of a block's
+    experts together would be 4 bytes for every one of their weights.
+    """
     if loss is None or not loss.requires_grad or not parameters:
         return [None] * len(parameters)
-    gradients = torch.autograd.grad(
-        loss, list(parameters), retain_graph=keep_graph, allow_unused=True
-    )
-    return [None if g is None else g.abs().sum().item() for g in gradients]
+    sums: dict[Tensor, Tensor] = {}  # tensors are keys by identity
+
+    def drop(parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            sums[parameter] = parameter.grad.abs().sum()
+            parameter.grad = None
+
+    with ExitStack() as hooks:
+        for parameter in parameters:
+            hooks.callback(parameter.register_post_accumulate_grad_hook(drop).remove)
+        loss.backward(retain_graph=keep_graph, inputs=list(parameters))
+    # only now, because every one of them waits for its device
+    return [s.item() if (s := sums.get(p)) is not None else None for p in parameters]

@@ -4,6 +4,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from vsraq.autoround.config import Alignment, RankBy
 from vsraq.autoround.terms import BlockTensors, split_samples
 from vsraq.capture import RouterCapture
-from vsraq.losses import FpLogits, rank_logits
+from vsraq.losses import FpLogits
 from vsraq.objectives import Objective
 from vsraq.routers import (
     Compared,
@@ -35,6 +36,16 @@ def ranking_of(
     if rank_by == "logits":
         return None
     return selection_ranking(router, logits, bias)
+
+
+def in_half(logits: Tensor) -> Tensor:
+    """Logits in float16, or as they are where one of them is too large for it.
+
+    The re-fit keeps those of every token and expert. Its rounding, 2^-12 of a logit, is
+    an eighth of that of the bfloat16 inputs that they were computed from.
+    """
+    half = logits.to(torch.float16)
+    return half if half.isfinite().all() else logits
 
 
 class _CaptureHandle:
@@ -63,7 +74,8 @@ class _CaptureHandle:
 class _Call:
     """What is kept of one call of a router."""
 
-    target: FpLogits | None
+    target: FpLogits | None  # of the own routers' loss
+    logits: Tensor | None  # (T, E), of the re-fit
     selected: Tensor | None  # (T, K), int16; None if nobody knows what it chooses
 
 
@@ -72,13 +84,16 @@ class FpRouters:
     """A block's routers in full precision.
 
     Attributes:
-        targets: By router name, what each calibration sample has; empty if no part of
-            the alignment reads them.
+        targets: By router name, what the own routers' loss compares each calibration
+            sample with; empty if there is no such loss.
+        logits: By router name, the logits of each sample, (T, E); empty if no router is
+            re-fitted.
         selected: By router name, the experts that each token chose, (T, K); routers of
             unknown rules are missing.
     """
 
     targets: dict[str, list[FpLogits]]
+    logits: dict[str, list[Tensor]]
     selected: dict[str, Tensor]
 
 
@@ -133,19 +148,19 @@ class FullPrecisionCapture:
         if router.rule is not None:
             selected = select_experts(router, logits, bias).to(torch.int16)
             selected = selected.to(self._cache_device)
-        return _Call(self._target(router, values, bias), selected)
+        kept = None
+        if self._alignment.realign_routers:
+            kept = in_half(logits).to(self._cache_device)
+        return _Call(self._target(router, values, bias), kept, selected)
 
     def _target(
         self, router: Router, values: Tensor, bias: Tensor | None
     ) -> FpLogits | None:
-        alignment = self._alignment
-        if not alignment.reads_full_precision:
+        if not self._own_term:
             return None
         ranking = None
-        if self._own_term and self._what == "logits":
-            ranking = ranking_of(alignment.rank_by, router, values, bias)
-        if alignment.realign_routers and self._what == "logits":
-            return rank_logits(values, None, ranking).to(self._cache_device)
+        if self._what == "logits":
+            ranking = ranking_of(self._alignment.rank_by, router, values, bias)
         target = self._objective.target(values, top_k=router.top_k, ranking=ranking)
         return target.to(self._cache_device)
 
@@ -169,7 +184,7 @@ class FullPrecisionCapture:
             kept = self._capture.take()
         except RuntimeError as error:
             if not self._alignment.reads_full_precision:
-                return FpRouters({}, {})  # tokens are not counted then
+                return FpRouters({}, {}, {})  # tokens are not counted then
             if forward is None:
                 raise RuntimeError(
                     f"block {name}: no full-precision router logits were captured, and "
@@ -180,12 +195,16 @@ class FullPrecisionCapture:
             with self._capture, torch.no_grad(), eager():
                 forward()
                 kept = self._capture.take()
-        targets, selected = {}, {}
+        targets, logits, selected = {}, {}, {}
         for router, calls in kept.items():
             own = [call.target for call in calls if call.target is not None]
             if own:
                 targets[router] = split_samples(name, router, own, tensors.tokens)
+            whole = [call.logits for call in calls if call.logits is not None]
+            if whole:
+                split = split_samples(name, router, whole, tensors.tokens)
+                logits[router] = cast(list[Tensor], split)
             chosen = [call.selected for call in calls if call.selected is not None]
             if chosen:
                 selected[router] = torch.cat(chosen)
-        return FpRouters(targets, selected)
+        return FpRouters(targets, logits, selected)

@@ -62,7 +62,7 @@ from vsraq.autoround.terms import (
     split_samples,
 )
 from vsraq.capture import RouterCapture, router_input
-from vsraq.losses import FpLogits, RankedLogits
+from vsraq.losses import FpLogits
 from vsraq.realignment import record_realignment, refit_router
 from vsraq.routers import (
     Router,
@@ -70,7 +70,6 @@ from vsraq.routers import (
     count_experts,
     declared_router_classes,
     find_routers,
-    router_logits,
     routers_inside,
 )
 from vsraq.token_selection import TokenMask
@@ -404,22 +403,22 @@ class VSRAQQuantizer(SignRoundQuantizer):
         tensors = BlockTensors(
             q_inputs if use_q else fp_inputs, input_others, fp_outputs
         )
-        fp_routers = FpRouters({}, {})
+        fp_routers = FpRouters({}, {}, {})
         if routers:
             fp_routers = self._take_fp_routers(
                 name, block, tensors, derivable=q_inputs is None
             )
-        fp_targets = fp_routers.targets
         names = {r.name: _full_name(block_ctx.block_names, r.name) for r in routers}
         self._find_valid_tokens(kwargs.get("input_ids"))
         self._count_tokens(block, routers, names, fp_routers, tensors, use_q)
         last_block = block_ctx.block_names[-1]
         best_params = self._tune(
-            tune, name, last_block, routers, fp_targets, block, tensors
+            tune, name, last_block, routers, fp_routers.targets, block, tensors
         )
         if self._alignment.realign_routers:
             for router in routers:
-                self._refit(names[router.name], block, router, fp_targets, tensors)
+                fp_logits = fp_routers.logits[router.name]
+                self._refit(names[router.name], block, router, fp_logits, tensors)
         return best_params
 
     def _tune(
@@ -541,6 +540,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
             (router,),
             {router.name: split_samples(name, next_router.name, kept, tensors.tokens)},
             q_values,
+            every_second=True,
         )
 
     @contextmanager
@@ -667,19 +667,12 @@ class VSRAQQuantizer(SignRoundQuantizer):
         name: str,
         block: nn.Module,
         router: Router,
-        fp_targets: dict[str, list[FpLogits]],
+        fp_logits: list[Tensor],
         tensors: BlockTensors,
     ) -> None:
         """Re-fit one router of the tuned block, before its output feeds the next."""
         module = block.get_submodule(router.name)
-        targets = fp_targets[router.name]
         mask = getattr(self, "_cached_valid_token_mask", None)
-
-        def logits_of(target: FpLogits) -> Tensor:
-            if isinstance(target, RankedLogits):
-                return target.logits()
-            # refit_router reads all samples before it changes the weight
-            return router_logits(module, target, router.num_experts)
 
         def samples() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
             for batch in tensors.batches(self.block_forward.batch_size):
@@ -691,7 +684,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
                     torch.tensor(batch),
                 )
                 hidden_states = router_input(module, forward)
-                logits = [logits_of(targets[i]) for i in batch]
+                logits = [fp_logits[i] for i in batch]
                 flat = hidden_states.reshape(-1, hidden_states.shape[-1])
                 own = flat.split([len(z) for z in logits])
                 for i, x, z in zip(batch, own, logits, strict=True):

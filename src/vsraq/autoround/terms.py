@@ -67,6 +67,9 @@ class RouterTerm:
         routers: The routers it compares.
         fp_targets: By router name, what each sample has in full precision.
         q_values: How the logits, or inputs, of a micro-batch are got.
+        every_second: Whether only every second sample of a micro-batch is looked at.
+            They are drawn anew in each iteration, so that the mean stays what it is,
+            and a look ahead costs half.
         reached: Quantized layers of the block that the term depends on.
         reaches_something: Whether any tuned parameter depends on it.
     """
@@ -77,6 +80,7 @@ class RouterTerm:
     routers: Sequence[Router]
     fp_targets: Mapping[str, list[FpLogits]]
     q_values: QValues
+    every_second: bool = False
     reached: int = 0
     reaches_something: bool = False
 
@@ -91,15 +95,16 @@ class RouterTerm:
         Returns:
             A scalar on the device of `output`.
         """
+        if self.every_second:
+            if mask is not None:
+                mask = mask.view(len(samples), -1)[::2].flatten()
+            output, samples = output[::2], samples[::2]
         q_values = self.q_values(output, samples)
         losses = []
         for router in self.routers:
             q = q_values[router.name]
             targets = self.fp_targets[router.name]
             fp = concatenate([targets[i] for i in samples]).to(q.device)
-            if isinstance(fp, RankedLogits):  # the re-fit has all of them kept
-                ranks = self.objective.ranks(router.top_k, router.num_experts)
-                fp = fp.first(ranks)
             loss = self.objective(q, fp, top_k=router.top_k)
             device_mask = None if mask is None else mask.to(loss.device)
             losses.append(reduce_tokens(loss, device_mask).to(output.device))
@@ -194,26 +199,39 @@ def split_samples(
         RuntimeError: The router saw other tokens than the block, or its values are not
             finite.
     """
-    target = concatenate(calls)
-    values = target if isinstance(target, Tensor) else target.values
-    if len(values) != sum(tokens):
+    seen = sum(len(_values(call)) for call in calls)
+    if seen != sum(tokens):
         raise RuntimeError(
-            f"block {block}: router {router} saw {len(values)} tokens, the block "
+            f"block {block}: router {router} saw {seen} tokens, the block "
             f"{sum(tokens)}; allowed is every token exactly once"
         )
-    if not torch.isfinite(values).all():
+    if not all(torch.isfinite(_values(call)).all() for call in calls):
         raise RuntimeError(
             f"block {block}: router {router} has non-finite full-precision values; "
             "look for inf or NaN in the model's weights or the calibration inputs"
         )
-    own = values.split(list(tokens))
+    # one call at a time: all of them concatenated would be the same memory once more
+    samples: list[FpLogits] = []
+    rest: FpLogits | None = None  # of a sample that ends in a later call
+    for call in calls:
+        left = call if rest is None else concatenate([rest, call])
+        while len(samples) < len(tokens) and len(_values(left)) >= tokens[len(samples)]:
+            count = tokens[len(samples)]
+            samples.append(_rows(left, slice(None, count)))
+            left = _rows(left, slice(count, None))
+        rest = left if len(_values(left)) else None
+    return samples
+
+
+def _values(target: FpLogits) -> Tensor:
+    return target if isinstance(target, Tensor) else target.values
+
+
+def _rows(target: FpLogits, rows: slice) -> FpLogits:
+    """Some tokens of a target."""
     if isinstance(target, Tensor):
-        return list(own)
-    indices = target.indices.split(list(tokens))
-    return [
-        RankedLogits(v, i, target.num_experts)
-        for v, i in zip(own, indices, strict=True)
-    ]
+        return target[rows]
+    return RankedLogits(target.values[rows], target.indices[rows], target.num_experts)
 
 
 def concatenate(parts: Sequence[FpLogits]) -> FpLogits:
