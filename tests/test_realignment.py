@@ -11,12 +11,8 @@ from torch import nn
 
 import tiny
 from vsraq.capture import RouterCapture
-from vsraq.realignment import (
-    RidgeSums,
-    error_weights,
-    realign_routers,
-    refit_router,
-)
+from vsraq.error_weights import error_weights
+from vsraq.realignment import RidgeSums, realign_routers, refit_router
 from vsraq.routers import Router, find_routers, router_logits, select_experts
 from vsraq.selection import SelectionRule
 

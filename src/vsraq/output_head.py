@@ -16,6 +16,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from vsraq.blocks import replaced_forward
+
 # hidden states behind the last block, (..., H) -> output logits, (..., V)
 OutputHead: TypeAlias = Callable[[Tensor], Tensor]
 
@@ -52,7 +54,7 @@ def output_head(
         RuntimeError: A tensor outside of the blocks is not in memory.
     """
     name = type(model).__name__
-    if "inputs_embeds" not in inspect.signature(model.forward).parameters:
+    if not takes_embeddings(model):
         raise NotImplementedError(
             f"model={name}: its forward takes no inputs_embeds; allowed are causal "
             "language models of transformers, or pass a head of your own"
@@ -60,7 +62,7 @@ def output_head(
     stack = _Replay(returns_tuple)
     with ExitStack() as cleanup:
         for block in blocks:
-            cleanup.enter_context(_replaced_forward(model.get_submodule(block), stack))
+            cleanup.enter_context(replaced_forward(model.get_submodule(block), stack))
         if device is not None:
             cleanup.enter_context(_outside_on(model, blocks, torch.device(device)))
 
@@ -85,6 +87,11 @@ def output_head(
         yield head
 
 
+def takes_embeddings(model: nn.Module) -> bool:
+    """Whether a model's forward takes `inputs_embeds`; `output_head` needs it."""
+    return "inputs_embeds" in inspect.signature(model.forward).parameters
+
+
 class _Replay:
     """Stands for the forward of every block: whatever goes in, these come out."""
 
@@ -96,19 +103,6 @@ class _Replay:
     def __call__(self, *_args: Any, **_kwargs: Any) -> Any:
         self.calls += 1
         return (self.hidden_states,) if self._returns_tuple else self.hidden_states
-
-
-@contextmanager
-def _replaced_forward(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    own = vars(block).get("forward")  # AutoRound leaves one on some blocks
-    vars(block)["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del vars(block)["forward"]
-        else:
-            vars(block)["forward"] = own
 
 
 @contextmanager

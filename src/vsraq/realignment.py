@@ -17,14 +17,15 @@ Shapes: T tokens, E experts, K top-k, H hidden width.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vsraq.capture import RouterCapture, router_input
+from vsraq.block_stream import Path, open_paths
+from vsraq.error_weights import Weighting, check_weighted_size, error_weights
 from vsraq.metrics import StreamingMean, jaccard
 from vsraq.routers import (
     Router,
@@ -36,7 +37,6 @@ from vsraq.routers import (
     selection_scores,
 )
 
-Weighting: TypeAlias = Literal["uniform", "top_3k", "boundary"]
 DEFAULT_RIDGE = 1e-3
 _HELDOUT_EVERY = 8  # one calibration sample of 8 decides, the others fit
 
@@ -50,6 +50,9 @@ class RidgeSums:
         device: Where the sums are kept and the system is solved; the CPU for an
             accelerator other than CUDA, because many have no double precision.
         weighted: Whether `update` gets weights; X^T X is then (E, H, H).
+
+    Raises:
+        ValueError: Weighted sums would be too large; see `check_weighted_size`.
     """
 
     def __init__(
@@ -62,6 +65,8 @@ class RidgeSums:
     ) -> None:
         if torch.device(device).type != "cuda":
             device = "cpu"
+        if weighted:
+            check_weighted_size(hidden, num_experts)
         systems = num_experts if weighted else 1
         self.gram = torch.zeros(
             systems, hidden, hidden, dtype=torch.float64, device=device
@@ -125,41 +130,6 @@ class RidgeSums:
         regular = gram.clone()
         regular.diagonal().add_(ridge * scale)
         return torch.cholesky_solve(moment, torch.linalg.cholesky(regular))
-
-
-def error_weights(scores: Tensor, top_k: int, weighting: Weighting) -> Tensor | None:
-    """How much the error of each expert's logit counts, per token.
-
-    Args:
-        scores: Full-precision selection scores, (T, E).
-        top_k: K.
-        weighting: "uniform"; "top_3k", 1 for the first 3K experts and 0.05 for the
-            others; "boundary", 1 at the boundary of the selection and falling with
-            the distance from it: 1 / (1 + 2 |s - m| / (s_1 - m)), m the middle
-            between the K-th and the (K+1)-th score.
-
-    Returns:
-        (T, E), or None for "uniform".
-
-    Raises:
-        ValueError: `weighting` is none of the three.
-    """
-    if weighting == "uniform":
-        return None
-    num_experts = scores.shape[-1]
-    if weighting == "top_3k":
-        ranked = scores.topk(min(3 * top_k, num_experts), dim=-1).indices
-        return torch.full_like(scores, 0.05).scatter_(-1, ranked, 1.0)
-    if weighting == "boundary":
-        ranked = scores.topk(min(top_k + 1, num_experts), dim=-1).values
-        last, following = ranked[:, -2:-1], ranked[:, -1:]
-        # groups may leave no expert that could have been selected instead
-        middle = torch.where(following.isfinite(), (last + following) / 2, last)
-        spread = (ranked[:, :1] - middle).clamp_min(torch.finfo(scores.dtype).tiny)
-        return 1 / (1 + 2 * (scores - middle).abs() / spread)
-    raise ValueError(
-        f"weighting={weighting!r}: allowed are {', '.join(get_args(Weighting))}"
-    )
 
 
 @dataclass(frozen=True)
@@ -226,7 +196,7 @@ def refit_router(
             (T,) or None.
         bias: `vsraq.routers.correction_bias` of the router.
         ridge: rho as a fraction of the mean diagonal of X^T X, > 0.
-        weighting: Of the errors that are fitted and judged; see `error_weights`.
+        weighting: Of the errors that are fitted and judged; see `vsraq.error_weights`.
 
     Returns:
         What happened.
@@ -328,23 +298,27 @@ def realign_routers(
 ) -> tuple[Refit, ...]:
     """Re-fit the routers of a model that any tool has quantized, in place.
 
-    Routers are re-fitted in order, each on what the ones before it now send. That runs
-    the quantized model up to every router in turn, about (L + 1) / 2 passes over the
-    samples for L MoE layers, and the full-precision model once.
+    Routers are re-fitted in order, each on what the ones before it now send. Both
+    models run block by block, every block once and its part before the router twice;
+    what is kept are the hidden states of all samples on both paths, on the CPU, and one
+    sample in eight of one router. Where a block cannot be run alone, both models run
+    from the start up to every router in turn, about L + 1 passes for L MoE layers, and
+    the log says so.
 
     Args:
         q_model: The quantized causal language model; its routers change.
         fp_model: The full-precision model, of the same architecture.
         samples: Calibration token ids, each (1, S), without padding.
         ridge: rho as a fraction of the mean diagonal of X^T X, > 0.
-        weighting: Of the squared errors; see `error_weights`.
+        weighting: Of the squared errors; see `vsraq.error_weights`.
 
     Returns:
         One report per router, in model order.
 
     Raises:
         ValueError: The models' routers differ or there are none, `ridge` is not
-            positive, or there are fewer than two samples.
+            positive, there are fewer than two samples, or `weighting` needs more memory
+            than `vsraq.error_weights.WEIGHTED_LIMIT`.
     """
     routers = find_routers(fp_model)
     if not routers or routers != find_routers(q_model):
@@ -353,33 +327,14 @@ def realign_routers(
             f"{[r.name for r in find_routers(q_model)]}: allowed are equal ones, and "
             "at least one"
         )
-    device = _device(fp_model)
-
-    def keep(_router: Router, logits: Tensor) -> Tensor:
-        return logits.cpu()
-
-    with RouterCapture(fp_model, routers, keep) as capture:
-        for input_ids in samples:
-            fp_model(input_ids=input_ids.to(device))
-        fp_logits = capture.take()
-    device = _device(q_model)
+    fp_path, q_path = open_paths((fp_model, q_model), routers, samples)
     reports = []
     for router in routers:
-        module = q_model.get_submodule(router.name)
-
-        def inputs_of(input_ids: Tensor, module: nn.Module = module) -> Tensor:
-            hidden_states = router_input(
-                module, lambda: q_model(input_ids=input_ids.to(device))
-            )
-            return hidden_states.reshape(-1, hidden_states.shape[-1])
-
-        pairs = zip(samples, fp_logits[router.name], strict=True)
-        streamed = ((inputs_of(ids), target, None) for ids, target in pairs)
         reports.append(
             refit_router(
                 router,
-                module,
-                streamed,
+                q_model.get_submodule(router.name),
+                _along(fp_path, q_path, router, fp_model.get_submodule(router.name)),
                 bias=correction_bias(q_model, router),
                 ridge=ridge,
                 weighting=weighting,
@@ -390,6 +345,19 @@ def realign_routers(
     return tuple(reports)
 
 
+def _along(
+    fp_path: Path, q_path: Path, router: Router, fp_module: nn.Module
+) -> Iterator[tuple[Tensor, Tensor, None]]:
+    """The samples of `refit_router` for one router of two models."""
+    for path in (fp_path, q_path):
+        path.advance_to(router.name)
+    for sample in range(len(fp_path)):
+        inputs = q_path.router_input(router.name, sample)
+        fp_inputs = fp_path.router_input(router.name, sample)
+        target = router_logits(fp_module, fp_inputs, router.num_experts)
+        yield inputs.reshape(-1, inputs.shape[-1]), target, None
+
+
 def record_realignment(model: nn.Module) -> None:
     """Note in the model's config that its routers were re-fitted.
 
@@ -398,7 +366,3 @@ def record_realignment(model: nn.Module) -> None:
     config: Any = getattr(model, "config", None)
     if config is not None:  # a single block has none
         config.vsraq = {"realign_routers": True}
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

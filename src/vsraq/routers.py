@@ -376,20 +376,42 @@ def expert_containers(module: nn.Module, routers: Iterable[Router]) -> tuple[str
     Returns:
         Qualified names, in module order.
     """
+    own = experts_of_routers(module, routers).values()
+    names = {name for names in own for name in names}
+    if len(names) < 2:
+        return tuple(names)
+    return tuple(name for name, _ in module.named_modules() if name in names)
+
+
+def experts_of_routers(
+    module: nn.Module, routers: Iterable[Router]
+) -> dict[str, tuple[str, ...]]:
+    """The modules that hold the experts of each router, in one walk of the module.
+
+    Args:
+        module: The module that the routers were found in.
+        routers: Its routers.
+
+    Returns:
+        Qualified names by router name; routers whose experts are of a layout that is
+        not recognised are missing.
+    """
     wanted = {router.name for router in routers}
-    names = []
+    found: dict[str, tuple[str, ...]] = {}
     for parent_name, parent in module.named_modules():
         num_experts = _experts_beside(parent)
+        if num_experts is None:
+            continue
         prefix = f"{parent_name}." if parent_name else ""
         below = {f"{prefix}{name}" for name, _ in _children_below(parent)}
-        if num_experts is None or not wanted & below:
-            continue
-        names += [
+        names = tuple(
             f"{prefix}{name}"
             for name, child in parent.named_children()
             if _count_experts(child) == num_experts or _stacked(child) == [num_experts]
-        ]
-    return tuple(names)
+        )
+        for router in wanted & below:
+            found[router] = (*found.get(router, ()), *names)
+    return found
 
 
 def count_experts(module: nn.Module, router: Router) -> int:

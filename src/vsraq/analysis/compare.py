@@ -2,20 +2,28 @@
 """Run two models on the same text: perplexity, KL and agreement of the routing."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from vsraq.blocks import block_output, decoder_blocks
 from vsraq.capture import RouterCapture
-from vsraq.metrics import StreamingMean, jaccard, next_token_nll, output_kl
+from vsraq.metrics import StreamingMean, jaccard, output_kl
+from vsraq.output_head import output_head, takes_embeddings
 from vsraq.routers import (
     Router,
     correction_bias,
     find_routers,
     select_experts,
 )
+
+# Tokens whose logits over the vocabulary exist at once, on each side; the comparison
+# takes about five more float32 values per token and vocabulary entry.
+CHUNK_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -38,19 +46,52 @@ class Comparison:
         return sum(self.jaccard.values()) / len(self.jaccard)
 
 
+@dataclass(frozen=True)
+class _Pass:
+    """What a model made of a batch of T tokens.
+
+    Attributes:
+        selected: By router name, the experts it chose, (T, K).
+        rows: What stands behind its last block, (T, H), or its logits, (T, V).
+        returns_tuple: Whether its last block returns a tuple; None for logits.
+    """
+
+    selected: dict[str, Tensor]
+    rows: Tensor
+    returns_tuple: bool | None
+
+    @contextmanager
+    def head(
+        self, model: nn.Module, blocks: Sequence[str]
+    ) -> Iterator[Callable[[Tensor], Tensor]]:
+        """What turns rows into logits, (n, V)."""
+        if self.returns_tuple is None:
+            yield lambda rows: rows
+            return
+        with output_head(model, blocks, returns_tuple=self.returns_tuple) as head:
+            yield head
+
+
 def _run(
-    model: nn.Module, routers: Sequence[Router], input_ids: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Output logits (B, S, V), and by router name the experts it chose, (T, K)."""
-    with RouterCapture[Tensor](model, routers) as capture:
-        logits: Tensor = model(input_ids=input_ids).logits
-        kept = capture.take()
-    selected = {}
-    for router in routers:
-        own_logits = torch.cat(kept[router.name])
-        bias = correction_bias(model, router)
-        selected[router.name] = select_experts(router, own_logits, bias)
-    return logits, selected
+    model: nn.Module,
+    routers: Sequence[Router],
+    blocks: Sequence[str],
+    input_ids: Tensor,
+) -> _Pass:
+    """Run a model up to its last block, or to its logits where that is not possible."""
+
+    def select(router: Router, logits: Tensor) -> Tensor:
+        return select_experts(router, logits, correction_bias(model, router))
+
+    returns_tuple = None
+    with RouterCapture(model, routers, select) as capture:
+        if blocks and takes_embeddings(model):
+            last = model.get_submodule(blocks[-1])
+            rows, returns_tuple = block_output(last, lambda: model(input_ids=input_ids))
+        else:
+            rows = model(input_ids=input_ids).logits
+        selected = {name: torch.cat(kept) for name, kept in capture.take().items()}
+    return _Pass(selected, rows.flatten(0, 1), returns_tuple)
 
 
 @torch.no_grad()
@@ -61,6 +102,9 @@ def compare(
 
     The selected experts follow each model's real rule (correction bias and groups
     included), recomputed from its routers' inputs.
+
+    The output logits of `CHUNK_TOKENS` tokens exist at once, not those of a batch,
+    unless a model takes no `inputs_embeds` or its decoder blocks are not found.
 
     Args:
         q_model: The quantized model.
@@ -80,17 +124,47 @@ def compare(
             f"fp_model has routers {[r.name for r in routers]} and q_model "
             f"{[r.name for r in q_routers]}: allowed are equal ones"
         )
+    blocks = decoder_blocks(fp_model, routers)
     nll, kl = StreamingMean(), StreamingMean()
     overlap = {router.name: StreamingMean() for router in routers}
-    for input_ids in batches:
-        q_logits, q_selected = _run(q_model, routers, input_ids)
-        fp_logits, fp_selected = _run(fp_model, routers, input_ids)
-        nll.update(next_token_nll(q_logits, input_ids))
-        kl.update(output_kl(q_logits, fp_logits.to(q_logits.device)))
-        for name, chosen in q_selected.items():
-            overlap[name].update(jaccard(chosen, fp_selected[name].to(chosen.device)))
+    with torch.compiler.set_stance("force_eager"):  # hooks are not in compiled code
+        for input_ids in batches:
+            q = _run(q_model, routers, blocks, input_ids)
+            fp = _run(fp_model, routers, blocks, input_ids)
+            for name, chosen in q.selected.items():
+                fp_chosen = fp.selected[name].to(chosen.device)
+                overlap[name].update(jaccard(chosen, fp_chosen))
+            with ExitStack() as stack:
+                q_head = stack.enter_context(q.head(q_model, blocks))
+                # a model that is compared with itself has one head
+                fp_head = q_head
+                if fp_model is not q_model:
+                    fp_head = stack.enter_context(fp.head(fp_model, blocks))
+                for part, next_ids in _chunks(input_ids):
+                    q_logits = q_head(q.rows[part])
+                    fp_logits = fp_head(fp.rows[part]).to(q_logits.device)
+                    kl.update(output_kl(q_logits, fp_logits))
+                    known = next_ids.to(q_logits.device) >= 0
+                    losses = F.cross_entropy(
+                        q_logits.float(),
+                        next_ids.to(q_logits.device),
+                        ignore_index=_NO_TOKEN,
+                        reduction="none",
+                    )
+                    nll.update(losses[known])
     return Comparison(
         perplexity=math.exp(nll.compute()),
         kl=kl.compute(),
         jaccard={name: mean.compute() for name, mean in overlap.items()},
     )
+
+
+_NO_TOKEN = -100
+
+
+def _chunks(input_ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Some tokens of a batch, and the token behind each of them."""
+    following = F.pad(input_ids[:, 1:], (0, 1), value=_NO_TOKEN).flatten()
+    for start in range(0, len(following), CHUNK_TOKENS):
+        part = slice(start, start + CHUNK_TOKENS)
+        yield part, following[part]

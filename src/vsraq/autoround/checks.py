@@ -9,13 +9,15 @@ import torch.distributed as dist
 from auto_round.algorithms.block_runner import _BLOCK_OUTPUT_REGISTRY
 from auto_round.utils import check_to_quantized, get_block_names
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from vsraq.autoround.config import Alignment
+from vsraq.error_weights import check_weighted_size
 from vsraq.objectives import Objective
 from vsraq.routers import (
     Router,
     expert_containers,
+    experts_of_routers,
     linear_map,
     routers_inside,
 )
@@ -80,6 +82,22 @@ def check_selection(alignment: Alignment, routers: Sequence[Router]) -> None:
         )
 
 
+def check_weighting(
+    model: nn.Module, routers: Sequence[Router], alignment: Alignment
+) -> None:
+    """Refuse a weighted re-fit that is too large, before the first block is tuned.
+
+    Raises:
+        ValueError: Its sums would be larger than `vsraq.error_weights.WEIGHTED_LIMIT`.
+    """
+    if not alignment.realign_routers or alignment.realign_weighting == "uniform":
+        return
+    for router in routers:
+        weight: Tensor = linear_map(model.get_submodule(router.name)).weight  # type: ignore[assignment]
+        if weight.ndim == 2:  # emptied ones are checked when they are re-fitted
+            check_weighted_size(weight.shape[1], router.num_experts)
+
+
 def check_smoothing(
     model: nn.Module, routers: Sequence[Router], composer: "AlgorithmComposer"
 ) -> None:
@@ -91,23 +109,26 @@ def check_smoothing(
     Raises:
         ValueError: A mapping would change the routing of the model.
     """
-    layers = {
-        router: [c.rpartition(".")[0] for c in expert_containers(model, [router])]
-        for router in routers
-    }
+    around: dict[str, list[str]] = {}  # by MoE layer, its routers
+    for router, containers in experts_of_routers(model, routers).items():
+        for layer in {container.rpartition(".")[0] for container in containers}:
+            around.setdefault(layer, []).append(router)
     for member in composer.members():
         for mapping in getattr(member, "_resolved_mappings", ()):
-            for router, moe in layers.items():
-                around = tuple(f"{name}." for name in moe)
-                inside = [n for n in mapping.balance_names if n.startswith(around)]
-                if (
-                    inside
-                    and not mapping.smooth_name.startswith(around)
-                    and router.name not in mapping.balance_names
-                ):
+            balanced = set(mapping.balance_names)
+            smoothed_around = set(_modules_around(mapping.smooth_name))
+            inside = {
+                layer: name
+                for name in reversed(mapping.balance_names)
+                for layer in _modules_around(name)
+            }
+            for layer in inside.keys() & around.keys() - smoothed_around:
+                for router in around[layer]:
+                    if router in balanced:
+                        continue
                     raise ValueError(
                         f"awq: it scales the output of {mapping.smooth_name} for "
-                        f"{inside[0]}, but not router {router.name}, which reads it "
+                        f"{inside[layer]}, but not router {router}, which reads it "
                         "too, so the model would route otherwise; allowed are mappings "
                         "that leave out that norm: AWQConfig(mappings=[...])"
                     )
@@ -138,6 +159,12 @@ def check_stream(model_context: Any) -> None:
             "AR_DISABLE_META_LOAD=1, which loads the whole model, or pass a model in "
             "memory"
         )
+
+
+def _modules_around(name: str) -> list[str]:
+    """The names of the modules that a module is in."""
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
 
 
 def check_run(alignment: Alignment, calibration: Any) -> None:

@@ -10,8 +10,9 @@ from typing import Any, Literal, TypeAlias, get_args
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 
 from vsraq.autoround.terms import Weight
+from vsraq.error_weights import Weighting
 from vsraq.objectives import Objective, get_objective
-from vsraq.realignment import DEFAULT_RIDGE, Weighting
+from vsraq.realignment import DEFAULT_RIDGE
 from vsraq.token_selection import TokenMask, check_thresholds
 
 RankBy: TypeAlias = Literal["logits", "selection"]
@@ -155,7 +156,7 @@ class VSRAQConfig(SignRoundConfig):
         realign_ridge: Ridge of the re-fit, as a fraction of the mean diagonal of
             X^T X; None is 1e-3.
         realign_weighting: Which errors of the logits it fits: "uniform" (None),
-            "top_3k" or "boundary"; see `vsraq.realignment.error_weights`.
+            "top_3k" or "boundary"; see `vsraq.error_weights.error_weights`.
         min_tokens_per_expert: Experts that get fewer calibration tokens than this are
             named at the end of the run; None is 1.
         on_unreached: "warn" of them (None), or end the run at the first block that

@@ -35,6 +35,7 @@ from vsraq.autoround.checks import (
     check_selection,
     check_smoothing,
     check_stream,
+    check_weighting,
     within_reach,
 )
 from vsraq.autoround.config import Alignment, VSRAQConfig
@@ -132,6 +133,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
         self._routers: tuple[Router, ...] = ()
         self._seed: int | None = None
         self._layer_config: Any = None
+        self._groups: list[list[str]] | None = None
         self._router_classes: tuple[type, ...] = ()
         self._fp_capture: FullPrecisionCapture | None = None
         self._coverage = RunCoverage()
@@ -155,6 +157,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
         """Take what the run context of AutoRound does not carry."""
         super().bind(orchestrator)
         self._orchestrator = orchestrator
+        self._groups = None
         self._seed = getattr(orchestrator, "seed", None)
         self._layer_config = getattr(orchestrator, "layer_config", None)
         if self._alignment:
@@ -220,8 +223,9 @@ class VSRAQQuantizer(SignRoundQuantizer):
             self._aligned_tokens.select(self._orchestrator, composer)
 
     def _block_groups(self) -> list[list[str]]:
-        groups: list[list[str]] = get_block_names(self.model)
-        return groups
+        if self._groups is None:  # a walk of the whole model, and every block asks
+            self._groups = get_block_names(self.model)
+        return self._groups
 
     def _group_of(self, block: str) -> list[str]:
         """All blocks of the stack that a block is in, tuned or not."""
@@ -250,6 +254,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
             check_router(self.model, router, (self._objective, self._next_objective))
         check_run(alignment, self.calibration_context)
         check_selection(alignment, routers)
+        check_weighting(self.model, routers, alignment)
         if composer is not None:
             check_smoothing(self.model, routers, composer)
         for reason in dict.fromkeys(r.unverified for r in routers if r.unverified):

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Send samples through a model block by block, without keeping what is behind them.
+
+    stream = BlockStream(model, blocks, samples)
+    stream.advance_to("model.layers.3.mlp.gate")        # all samples, to its block
+    stream.router_input("model.layers.3.mlp.gate", 0)   # (1, S, H), of sample 0
+
+The other arguments of a block (mask, positions) are what the model's own forward passes
+to it. They are taken anew for each block and sample, because the masks of all samples
+would be S values per token; that costs one forward pass without a block.
+
+Shapes: N samples, S tokens each, H hidden width.
+"""
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from vsraq.blocks import decoder_blocks, replaced_forward
+from vsraq.capture import router_input
+from vsraq.routers import Router
+
+logger = logging.getLogger(__name__)
+
+
+class _BlockReachedError(Exception):
+    """Ends a forward pass at a block; never leaves this file."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.call = (args, kwargs)
+
+
+def _stop_at_block(
+    _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    raise _BlockReachedError(args, kwargs)
+
+
+class BlockStream:
+    """Every sample in front of one block of a model: N S H values, on the CPU.
+
+    Args:
+        model: A transformers causal language model.
+        blocks: Names of all of its decoder blocks, in order.
+        samples: Token ids, each (1, S), without padding.
+    """
+
+    def __init__(
+        self, model: nn.Module, blocks: Sequence[str], samples: Sequence[Tensor]
+    ) -> None:
+        self._model = model
+        self._blocks = tuple(blocks)
+        self._samples = samples
+        self._position = 0
+        self._states: list[Tensor] | None = None  # None in front of the first block
+        self._returns_tuple: list[bool] = []  # by block that is behind the samples
+
+    def router_input(self, router: str, sample: int) -> Tensor:
+        """Run the block that the samples are in front of up to a router inside it.
+
+        Args:
+            router: The router's qualified name in the model.
+            sample: Index of the sample.
+
+        Returns:
+            (1, S, H).
+
+        Raises:
+            RuntimeError: The block did not call the router.
+        """
+        block, args, kwargs = self._call(sample)
+        module = self._model.get_submodule(router)
+        return router_input(module, lambda: block(*args, **kwargs))
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def advance_to(self, router: str) -> None:
+        """Run all samples through the blocks before the one with that router."""
+        names = enumerate(self._blocks)
+        position = next(i for i, name in names if router.startswith(f"{name}."))
+        while self._position < position:
+            states = []
+            for sample in range(len(self._samples)):
+                block, args, kwargs = self._call(sample)
+                output = block(*args, **kwargs)
+                is_tuple = isinstance(output, tuple)
+                states.append((output[0] if is_tuple else output).cpu())
+            self._states = states
+            self._returns_tuple.append(is_tuple)
+            self._position += 1
+
+    def _call(self, sample: int) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+        """The block that a sample is in front of, and what it is called with."""
+        block = self._model.get_submodule(self._blocks[self._position])
+        args, kwargs = self._arguments(block, self._samples[sample])
+        if self._states is None:
+            return block, args, kwargs
+        state = self._states[sample]
+        if args:
+            return block, (state.to(args[0].device), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return block, args, kwargs | {name: state.to(kwargs[name].device)}
+
+    def _arguments(
+        self, block: nn.Module, input_ids: Tensor
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model calls a block with, the hidden states those of the first."""
+        device = next(self._model.parameters()).device
+        with ExitStack() as stack:
+            for name, is_tuple in zip(self._blocks, self._returns_tuple, strict=False):
+                passed = self._model.get_submodule(name)
+                forward = _pass_as_tuple if is_tuple else _pass
+                stack.enter_context(replaced_forward(passed, forward))
+            handle = block.register_forward_pre_hook(_stop_at_block, with_kwargs=True)
+            stack.callback(handle.remove)
+            try:
+                self._model(input_ids=input_ids.to(device), use_cache=False)
+            except _BlockReachedError as reached:
+                return reached.call
+        raise RuntimeError(
+            f"{type(self._model).__name__} does not call "
+            f"{self._blocks[self._position]}, so its blocks cannot be run alone"
+        )
+
+
+def _pass(*args: Any, **kwargs: Any) -> Any:
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def _pass_as_tuple(*args: Any, **kwargs: Any) -> Any:
+    return (_pass(*args, **kwargs),)
+
+
+class WholePasses:
+    """The same for a model whose blocks cannot be run alone: a pass up to each router.
+
+    Args:
+        model: A transformers causal language model.
+        samples: Token ids, each (1, S), without padding.
+    """
+
+    def __init__(self, model: nn.Module, samples: Sequence[Tensor]) -> None:
+        self._model = model
+        self._samples = samples
+
+    def router_input(self, router: str, sample: int) -> Tensor:
+        """Run the model up to a router; see `BlockStream.router_input`."""
+        device = next(self._model.parameters()).device
+        input_ids = self._samples[sample].to(device)
+        return router_input(
+            self._model.get_submodule(router),
+            lambda: self._model(input_ids=input_ids, use_cache=False),
+        )
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def advance_to(self, router: str) -> None:
+        """Nothing is kept, so there is nothing to do."""
+
+
+Path: TypeAlias = BlockStream | WholePasses
+
+
+@torch.no_grad()
+def open_paths(
+    models: Sequence[nn.Module],
+    routers: Sequence[Router],
+    samples: Sequence[Tensor],
+) -> list[Path]:
+    """One way to all routers for each model, block by block if that is possible.
+
+    Args:
+        models: Models with the same routers.
+        routers: Those.
+        samples: Token ids, each (1, S), without padding.
+
+    Returns:
+        A path per model, its samples in front of the first block.
+    """
+    paths: list[Path] = []
+    for model in models:
+        blocks = decoder_blocks(model, routers)
+        reason = why_not_streamed(model, blocks, samples[:2], routers[-1].name)
+        if reason:
+            logger.warning(
+                "vsraq: %s cannot be run block by block (%s), so it runs from the "
+                "start up to each of its %d routers",
+                type(model).__name__,
+                reason,
+                len(routers),
+            )
+            paths.append(WholePasses(model, samples))
+        else:
+            paths.append(BlockStream(model, blocks, samples))
+    return paths
+
+
+@torch.no_grad()
+def why_not_streamed(
+    model: nn.Module, blocks: Sequence[str], samples: Sequence[Tensor], router: str
+) -> str:
+    """Whether blocks that are run alone do what the model does with them.
+
+    Args:
+        model: A transformers causal language model.
+        blocks: Names of all of its decoder blocks, in order; empty if unknown.
+        samples: What to try it with, token ids, each (1, S).
+        router: Name of the last router: what reaches it is compared.
+
+    Returns:
+        Empty if they do, otherwise the reason why not.
+    """
+    if not blocks:
+        return "its routers are not in one list of blocks"
+    stream = BlockStream(model, blocks, samples)
+    whole = WholePasses(model, samples)
+    try:
+        stream.advance_to(router)
+        alone = [stream.router_input(router, i) for i in range(len(samples))]
+    except Exception as error:  # whatever a family's own code says to that
+        return f"{type(error).__name__}: {error}"
+    for sample, inputs in enumerate(alone):
+        expected = whole.router_input(router, sample)
+        difference = (inputs - expected).abs().max().item()
+        # the same operations on the same numbers, but a kernel may add in another order
+        if difference > 1e-2 * expected.abs().max().item():
+            return f"what reaches {router} differs by up to {difference:.3g}"
+    return ""

@@ -1,0 +1,238 @@
+"""What is kept and computed stays small: bounds that do not depend on the machine."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import tiny
+from vsraq import VSRAQConfig, error_weights, routers
+from vsraq.analysis import compare
+from vsraq.analysis.compare import CHUNK_TOKENS
+from vsraq.autoround.checks import check_smoothing
+from vsraq.autoround.full_precision import in_half
+from vsraq.autoround.terms import RouterTerm, split_samples
+from vsraq.error_weights import check_weighted_size
+from vsraq.losses import rank_logits
+from vsraq.objectives import get_objective
+from vsraq.realignment import RidgeSums
+from vsraq.routers import Router, find_routers
+
+# ── comparison ────────────────────────────────────────────────────────────────
+
+
+class WithoutEmbeddings(nn.Module):
+    """A model whose output head cannot be opened."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids):
+        return self.model(input_ids=input_ids)
+
+
+def test_comparison_never_holds_the_logits_of_a_batch():
+    models = [tiny.tiny_model("solar_open", seed) for seed in (0, 1)]
+    batch = torch.cat(tiny.calibration(samples=2 * CHUNK_TOKENS // tiny.SEQLEN + 3))
+    rows = []
+    handles = [
+        model.lm_head.register_forward_hook(
+            lambda _m, _i, output: rows.append(output.numel() // output.shape[-1])
+        )
+        for model in models
+    ]
+    result = compare(*models, [batch])
+    assert sum(rows) == 2 * batch.numel()
+    assert max(rows) == CHUNK_TOKENS
+    for handle in handles:
+        handle.remove()
+    with torch.no_grad():
+        q, fp = (model(batch).logits.log_softmax(-1) for model in models)
+    kl = (fp.exp() * (fp - q)).sum(-1).mean()
+    assert result.kl == pytest.approx(kl.item(), rel=1e-4)
+    nll = -q[:, :-1].gather(-1, batch[:, 1:, None]).mean()
+    assert result.perplexity == pytest.approx(math.exp(nll), rel=1e-4)
+
+
+def test_comparison_where_the_head_cannot_be_opened():
+    models = [tiny.tiny_model("qwen3_moe", seed) for seed in (0, 1)]
+    batches = torch.cat(tiny.calibration(samples=12)).split(6)
+    expected = compare(*models, batches)
+    result = compare(*(WithoutEmbeddings(model) for model in models), batches)
+    assert result.kl == pytest.approx(expected.kl, rel=1e-4)
+    assert result.perplexity == pytest.approx(expected.perplexity, rel=1e-4)
+    assert list(result.jaccard.values()) == list(expected.jaccard.values())
+
+
+# ── weighted re-fit ───────────────────────────────────────────────────────────
+
+
+def test_a_weighted_refit_that_is_too_large_says_how_large():
+    with pytest.raises(ValueError, match=r"128 x 4096\^2 x 8 bytes = 16\.0 GiB"):
+        check_weighted_size(4096, 128)  # Solar-Open-100B
+    check_weighted_size(2048, 128)  # Qwen3-30B-A3B
+
+
+def test_it_is_refused_before_anything_is_allocated(monkeypatch):
+    monkeypatch.setattr(error_weights, "WEIGHTED_LIMIT", 8 * 64 * 64 * 8 - 1)
+    with pytest.raises(ValueError, match='realign_weighting="uniform"'):
+        RidgeSums(64, 8, weighted=True)
+    assert RidgeSums(64, 8).gram.shape == (1, 64, 64)
+
+
+def test_it_is_refused_before_a_block_is_tuned(quantize, monkeypatch):
+    monkeypatch.setattr(error_weights, "WEIGHTED_LIMIT", 8 * 64 * 64 * 8 - 1)
+    model = tiny.tiny_model("solar_open")
+    weight = model.model.layers[0].self_attn.q_proj.weight.clone()
+    config = VSRAQConfig(iters=1, realign_routers=True, realign_weighting="boundary")
+    with pytest.raises(ValueError, match="a weighted re-fit of 8 experts"):
+        quantize(model, config)
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, weight)
+
+
+# ── what a block keeps ────────────────────────────────────────────────────────
+
+
+def test_the_loss_keeps_its_ranks_only_and_the_refit_two_bytes(quantize, terms):
+    kept = {}
+    handle = tiny.tiny_model("solar_open")
+    from vsraq.autoround import VSRAQQuantizer
+
+    refit = VSRAQQuantizer._refit
+
+    def spy(self, name, block, router, fp_logits, tensors):
+        kept[name] = fp_logits
+        refit(self, name, block, router, fp_logits, tensors)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(VSRAQQuantizer, "_refit", spy)
+        quantize(handle, VSRAQConfig(iters=1, objective="topk_mse"))
+    (_, first), *_ = terms
+    for term in first.values():
+        for targets in term.fp_targets.values():
+            assert targets[0].values.shape == (tiny.SEQLEN, tiny.TOP_K)
+    assert len(kept) == tiny.MOE_LAYERS["solar_open"]
+    for logits in kept.values():
+        assert {z.dtype for z in logits} == {torch.float16}
+        assert sum(z.nbytes for z in logits) == 8 * tiny.SEQLEN * tiny.EXPERTS * 2
+
+
+def test_logits_too_large_for_half_precision_stay():
+    logits = torch.tensor([[1.0, 2.0]])
+    assert in_half(logits).dtype == torch.float16
+    large = torch.tensor([[1.0, 1e5]])
+    assert torch.equal(in_half(large), large)
+
+
+@pytest.mark.parametrize("calls", [(8, 8), (3, 13), (16,), (4, 4, 4, 4)])
+def test_samples_share_the_memory_of_their_calls(calls):
+    logits = torch.randn(sum(calls), 5)
+    parts = [part.clone() for part in logits.split(list(calls))]
+    samples = split_samples("b", "r", parts, [4] * 4)
+    assert torch.equal(torch.cat(samples), logits)
+    pointers = {part.untyped_storage().data_ptr() for part in parts}
+    shared = [s.untyped_storage().data_ptr() in pointers for s in samples]
+    # a sample that is spread over two calls cannot
+    assert sum(shared) >= (4 if calls != (3, 13) else 0)
+    ranked = split_samples("b", "r", [rank_logits(p, 2) for p in parts], [4] * 4)
+    assert torch.equal(
+        torch.cat([sample.values for sample in ranked]), rank_logits(logits, 2).values
+    )
+
+
+# ── looking ahead ─────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("count", [1, 4, 5])
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_second_sample_is_looked_at(count, masked):
+    seen = []
+    targets = [rank_logits(torch.randn(3, 6)) for _ in range(8)]
+    q = {i: torch.randn(3, 6, requires_grad=True) for i in range(8)}
+
+    def q_values(output, samples):
+        assert len(output) == len(samples)
+        seen.extend(samples)
+        return {"gate": torch.cat([q[i] for i in samples])}
+
+    term = RouterTerm(
+        "next router",
+        get_objective("topk_mse"),
+        1.0,
+        (Router("gate", 2, 6),),
+        {"gate": targets},
+        q_values,
+        every_second=True,
+    )
+    samples = [6, 1, 4, 0, 3][:count]
+    mask = torch.tensor([1, 0, 1] * count) if masked else None
+    loss = term.loss(torch.zeros(count, 3, 2), samples, mask)
+    assert seen == samples[::2]
+    term.every_second = False
+    half = None if mask is None else mask[: 3 * len(samples[::2])]
+    whole = term.loss(torch.zeros(len(seen), 3, 2), samples[::2], half)
+    assert loss.item() == whole.item()
+
+
+# ── checks ────────────────────────────────────────────────────────────────────
+
+
+class AWQ:
+    """What the check reads of AutoRound's composer."""
+
+    def __init__(self, model):
+        self._resolved_mappings = [
+            type("Mapping", (), {"smooth_name": f"{name}.norm", "balance_names": names})
+            for name, names in (
+                (f"layers.{i}", [f"layers.{i}.mlp.gate", f"layers.{i}.mlp.experts.0"])
+                for i in range(len(model.layers))
+            )
+        ]
+
+    def members(self):
+        return [self]
+
+
+def moe(layers, experts=4):
+    model = nn.Module()
+    model.layers = nn.ModuleList()
+    for _ in range(layers):
+        layer = nn.Module()
+        layer.mlp = nn.Module()
+        layer.mlp.top_k = 2
+        layer.mlp.gate = nn.Linear(8, experts)
+        layer.mlp.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(experts))
+        model.layers.append(layer)
+    return model
+
+
+def test_the_check_of_smoothing_looks_at_every_module_a_few_times(monkeypatch):
+    looked = []
+    beside = routers._experts_beside
+    monkeypatch.setattr(
+        routers, "_experts_beside", lambda parent: looked.append(1) or beside(parent)
+    )
+    counts = []
+    for layers in (8, 16):
+        model = moe(layers)
+        found = find_routers(model)
+        assert len(found) == layers
+        looked.clear()
+        check_smoothing(model, found, AWQ(model))
+        counts.append(len(looked))
+    assert counts[1] <= 2.1 * counts[0]
+
+
+def test_blocks_are_listed_once_a_run(quantize, monkeypatch):
+    """A walk of the whole model, for each of its blocks."""
+    from vsraq.autoround import quantizer
+
+    calls = []
+    listed = quantizer.get_block_names
+    monkeypatch.setattr(
+        quantizer, "get_block_names", lambda *a: calls.append(1) or listed(*a)
+    )
+    quantize(tiny.tiny_model("solar_open", num_hidden_layers=4), VSRAQConfig(iters=1))
+    assert len(calls) == 1
