@@ -55,6 +55,13 @@ def terms(monkeypatch):
 
 
 @pytest.fixture
+def bfloat16():
+    """For tests that stream a checkpoint, or export what was tuned in bfloat16."""
+    with tiny.bfloat16():
+        yield
+
+
+@pytest.fixture
 def quantize():
     """Run real AutoRound on a tiny model; the run and its model come back."""
 

@@ -36,7 +36,11 @@ def quantize(family, folder, way):
 
 
 def attempt(family, way):
-    with tiny.LogLines() as messages, tempfile.TemporaryDirectory() as folder:
+    with (
+        tiny.bfloat16(),
+        tiny.LogLines() as messages,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         result = {"family": family, "log": messages}
         try:
             source, exported = quantize(family, Path(folder), way)

@@ -47,7 +47,7 @@ class Selecting(VSRAQQuantizer):
 
 if __name__ == "__main__":
     VSRAQQuantizer.__new__ = lambda cls, config: object.__new__(Selecting)
-    with tempfile.TemporaryDirectory() as folder:
+    with tiny.bfloat16(), tempfile.TemporaryDirectory() as folder:
         source = tiny.save(sys.argv[1], Path(folder) / "model")
         for model in (load_model(source), str(source)):
             AutoRound(

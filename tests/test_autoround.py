@@ -369,6 +369,7 @@ def test_every_hyperparameter_reaches_its_objective():
 # ── other ways in ─────────────────────────────────────────────────────────────
 
 
+@pytest.mark.usefixtures("bfloat16")
 def test_a_path_is_streamed_and_gives_the_same_weights(quantize, tmp_path):
     """`quantize()` on a checkpoint that is read from disk block by block."""
     source = tiny.save("solar_open", tmp_path / "model")
@@ -413,6 +414,7 @@ def test_a_stream_in_two_precisions_is_refused(quantize, tmp_path, monkeypatch):
     quantize(source, config)
 
 
+@pytest.mark.usefixtures("bfloat16")
 def test_single_blocks_with_and_without_a_reference_output(vsraq_log):
     block = "model.layers.0"
     results = []

@@ -291,6 +291,7 @@ def test_nothing_is_left_when_it_fails(quantize, selecting, monkeypatch):
 # ── where the model is ────────────────────────────────────────────────────────
 
 
+@pytest.mark.usefixtures("bfloat16")
 def test_a_streamed_model_gives_the_same_mask(quantize, selecting, changes, tmp_path):
     _, options = selecting
     options["shift_threshold"] = 0.0
@@ -308,6 +309,7 @@ def test_a_streamed_model_gives_the_same_mask(quantize, selecting, changes, tmp_
     assert torch.equal(masks(streamed), masks(kept))
 
 
+@pytest.mark.usefixtures("bfloat16")
 def test_a_streamed_model_is_not_loaded(quantize, selecting, tmp_path, monkeypatch):
     """No block of the model itself is ever in memory while tokens are selected."""
     seen = []

@@ -182,6 +182,7 @@ def test_finding_the_next_router():
 # ── where the next block's tensors are ────────────────────────────────────────
 
 
+@pytest.mark.usefixtures("bfloat16")
 def test_a_streamed_model_gives_the_same_weights(quantize, tmp_path):
     source = tiny.save("solar_open", tmp_path / "model")
     config = {
@@ -199,6 +200,7 @@ def test_a_streamed_model_gives_the_same_weights(quantize, tmp_path):
     assert not same(weights(plain), weights(kept))  # so the term did something
 
 
+@pytest.mark.usefixtures("bfloat16")
 def test_a_streamed_block_is_loaded_without_its_experts(
     quantize, tmp_path, monkeypatch
 ):

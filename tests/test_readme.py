@@ -28,6 +28,7 @@ def test_there_are_code_blocks():
     assert len(blocks("bash")) >= 3
 
 
+@pytest.mark.usefixtures("bfloat16")
 def test_every_python_block_runs(text_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     smaller = {
@@ -48,6 +49,7 @@ def test_every_python_block_runs(text_file, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("block", blocks("bash"))
+@pytest.mark.usefixtures("bfloat16")
 def test_every_shell_line_is_a_command_of_this_project(
     block, text_file, tmp_path, monkeypatch
 ):
@@ -175,11 +177,12 @@ def test_the_qwen_example(tmp_path):
     assert "vsraq: selected " not in second
 
 
-# `tiny` lets AutoRound stream bfloat16 on every CPU
-RUN_SCRIPT = (
-    "import runpy, sys, tiny; sys.argv = sys.argv[1:]; "
-    "runpy.run_path(sys.argv[0], run_name='__main__')"
-)
+RUN_SCRIPT = """
+import runpy, sys, tiny
+sys.argv = sys.argv[1:]
+with tiny.bfloat16():
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 def run_example(script, scheme, model, dataset, folder, *more):

@@ -230,6 +230,7 @@ def test_a_re_fitted_router_must_be_finite_and_keep_its_dtype(export, tmp_path):
         verify(folder, export[2])
 
 
+@pytest.mark.usefixtures("bfloat16")
 def test_streamed_from_disk_and_written_block_by_block(tmp_path):
     source = tiny.save("solar_open", tmp_path / "model")
     autoround = AutoRound(

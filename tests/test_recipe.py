@@ -165,6 +165,7 @@ def test_the_resolved_recipe_is_complete_and_runs_again():
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "NVFP4"])
+@pytest.mark.usefixtures("bfloat16")
 def test_quantize_streams_exports_and_verifies(scheme, text_file, tmp_path, capsys):
     path = next(path for path in CONFIGS if path.stem == "solar_open_100b_w4a16")
     status = main(
@@ -221,6 +222,7 @@ def selecting(output, model, text):
     ]
 
 
+@pytest.mark.usefixtures("bfloat16")
 def test_selected_tokens_are_written_and_found_again(
     tmp_path, capsys, monkeypatch, vsraq_log
 ):

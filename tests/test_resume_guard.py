@@ -62,14 +62,15 @@ KILLED = """
         log(self, run)
 
     VSRAQQuantizer._log = die_in_the_second_block
-    AutoRound(
-        sys.argv[1],
-        scheme="W4A16",
-        group_size=32,
-        alg_configs=VSRAQConfig(iters=2, **eval(sys.argv[4])),
-        dataset=sys.argv[2],
-        **tiny.RUN,
-    ).quantize_and_save(sys.argv[3], format="auto_round")
+    with tiny.bfloat16():
+        AutoRound(
+            sys.argv[1],
+            scheme="W4A16",
+            group_size=32,
+            alg_configs=VSRAQConfig(iters=2, **eval(sys.argv[4])),
+            dataset=sys.argv[2],
+            **tiny.RUN,
+        ).quantize_and_save(sys.argv[3], format="auto_round")
 """
 
 
@@ -93,6 +94,7 @@ def resumable(tmp_path, monkeypatch):
     return source, tiny.save_text(tmp_path / "text.jsonl")
 
 
+@pytest.mark.usefixtures("bfloat16")
 def test_a_killed_run_resumes_with_its_settings_only(resumable, quantize, tmp_path):
     source, text = resumable
     kill(source, text, tmp_path / "out", router_weight=1.0)
@@ -104,6 +106,7 @@ def test_a_killed_run_resumes_with_its_settings_only(resumable, quantize, tmp_pa
         quantize(str(source), config, seed=1, **run)
 
 
+@pytest.mark.usefixtures("bfloat16")
 def test_a_resumed_run_ends_as_one_that_was_never_killed(
     resumable, tmp_path, monkeypatch
 ):

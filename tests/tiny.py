@@ -4,6 +4,7 @@ import json
 import logging
 import random
 import re
+from contextlib import contextmanager
 
 import torch
 from auto_round.utils.device_manager import get_ar_device
@@ -23,11 +24,6 @@ from transformers import (
     Qwen3MoeConfig,
     SolarOpenConfig,
 )
-
-# AutoRound tunes in bfloat16 on CPUs that have it as an instruction, and cannot stream
-# a bfloat16 checkpoint on others. torch computes it on every CPU, so that the tests do
-# the same on each.
-get_ar_device("cpu")._bf16_supported = True
 
 VOCAB = 256
 SEQLEN = 32
@@ -135,6 +131,22 @@ def tiny_model(family, seed=0, **overrides):
         if name.endswith("e_score_correction_bias"):
             buffer.copy_(torch.randn_like(buffer) * 0.1)
     return model
+
+
+@contextmanager
+def bfloat16():
+    """Let AutoRound tune in bfloat16 on every CPU, which torch can, slowly.
+
+    On one without bfloat16 instructions it tunes in float32, and cannot stream a
+    checkpoint that is stored in 16 bits.
+    """
+    device = get_ar_device("cpu")
+    supported = device.supports_bf16()
+    device._bf16_supported = True
+    try:
+        yield
+    finally:
+        device._bf16_supported = supported
 
 
 def tiny_tokenizer():
