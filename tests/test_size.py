@@ -1,15 +1,18 @@
 """What is kept and computed stays small: bounds that do not depend on the machine."""
 
 import math
+from argparse import Namespace
 
 import pytest
 import torch
 from torch import nn
 
+import at_size
 import tiny
 from vsraq import VSRAQConfig, error_weights, routers
 from vsraq.analysis import compare
 from vsraq.analysis.compare import CHUNK_TOKENS
+from vsraq.autoround import VSRAQQuantizer, quantizer
 from vsraq.autoround.checks import check_smoothing
 from vsraq.autoround.full_precision import in_half
 from vsraq.autoround.terms import RouterTerm, split_samples
@@ -97,9 +100,6 @@ def test_it_is_refused_before_a_block_is_tuned(quantize, monkeypatch):
 
 def test_the_loss_keeps_its_ranks_only_and_the_refit_two_bytes(quantize, terms):
     kept = {}
-    handle = tiny.tiny_model("solar_open")
-    from vsraq.autoround import VSRAQQuantizer
-
     refit = VSRAQQuantizer._refit
 
     def spy(self, name, block, router, fp_logits, tensors):
@@ -108,7 +108,8 @@ def test_the_loss_keeps_its_ranks_only_and_the_refit_two_bytes(quantize, terms):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(VSRAQQuantizer, "_refit", spy)
-        quantize(handle, VSRAQConfig(iters=1, objective="topk_mse"))
+        config = VSRAQConfig(iters=1, objective="topk_mse")
+        quantize(tiny.tiny_model("solar_open"), config)
     (_, first), *_ = terms
     for term in first.values():
         for targets in term.fp_targets.values():
@@ -227,8 +228,6 @@ def test_the_check_of_smoothing_looks_at_every_module_a_few_times(monkeypatch):
 
 def test_blocks_are_listed_once_a_run(quantize, monkeypatch):
     """A walk of the whole model, for each of its blocks."""
-    from vsraq.autoround import quantizer
-
     calls = []
     listed = quantizer.get_block_names
     monkeypatch.setattr(
@@ -236,3 +235,24 @@ def test_blocks_are_listed_once_a_run(quantize, monkeypatch):
     )
     quantize(tiny.tiny_model("solar_open", num_hidden_layers=4), VSRAQConfig(iters=1))
     assert len(calls) == 1
+
+
+# ── the benchmark ─────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("case", ["AutoRound", "default"])
+def test_the_benchmark_at_size_runs(case):
+    size = {"experts": 4, "scale": 8, "nsamples": 2, "seqlen": 16, "batch_size": 1}
+    arguments = Namespace(device="cpu", iters=2, **size)
+    result = at_size.run_case(case, arguments)
+    assert result["peak"] > 2**27
+    assert 0 < result["iteration"] < result["seconds"]
+    # 24 ranks of 6 bytes for each of two losses, 128 logits of 2 bytes
+    kept = (2 * 24 * 6 + 128 * 2) * 512 * 2048
+    assert result["kept"] == (0 if case == "AutoRound" else kept)
+    assert set(at_size.CASES) >= {"own term", "next router", "re-fit, weighted"}
+
+
+def test_a_case_that_is_refused_is_a_row():
+    row = at_size.format_row("re-fit, weighted", {"refused": "too large"}, {})
+    assert row.split() == ["re-fit,", "weighted", "refused:", "too", "large"]
