@@ -144,7 +144,9 @@ def test_bad_files_and_overrides(text, overrides, message, tmp_path):
     ],
     ids=str,
 )
-def test_a_resolved_recipe_is_a_recipe(options):
+def test_a_resolved_recipe_is_a_recipe(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mask.safetensors").touch()
     recipe = parse_recipe(MINIMAL | {"algorithm": {"router_weight": 0.5} | options})
     again = parse_recipe(yaml.safe_load(yaml.safe_dump(recipe.resolved())))
     assert again.algorithm_config().alignment == recipe.algorithm_config().alignment

@@ -13,7 +13,7 @@ which is all that most losses read and far less to store per calibration token.
 Sources: "VSRAQ" is arXiv:2606.05688, "SRA" is Selective Router Alignment.
 """
 
-import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -582,7 +582,7 @@ def _is_finite(value: Any) -> bool:
     return (
         isinstance(value, int | float)
         and not isinstance(value, bool | str)
-        and (math.isfinite(value))
+        and abs(value) <= sys.float_info.max  # which an int may exceed
     )
 
 

@@ -292,6 +292,20 @@ class TokenMask:
         )
 
 
+def check_mask_file(path: str | Path) -> None:
+    """Check that a token mask is there, before a run that reads it later.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"token_mask={str(path)!r}: there is no such file; allowed is one that "
+            "`vsraq select-tokens` or TokenMask.save has written, or None to select "
+            "tokens in the run"
+        )
+
+
 def check_thresholds(tau: float, shift_threshold: float | None) -> None:
     """Check what decides whether a token is selected.
 

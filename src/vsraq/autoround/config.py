@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """`VSRAQConfig`: AutoRound's SignRound configuration plus a router objective."""
 
-import math
 import re
+import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 
+from vsraq.autoround.option_types import check_config_options, check_options
 from vsraq.autoround.terms import Weight
 from vsraq.error_weights import Weighting
 from vsraq.objectives import Objective, get_objective
 from vsraq.realignment import DEFAULT_RIDGE
-from vsraq.token_selection import TokenMask, check_thresholds
+from vsraq.token_selection import TokenMask, check_mask_file, check_thresholds
 
 RankBy: TypeAlias = Literal["logits", "selection"]
 OnUnreached: TypeAlias = Literal["warn", "error"]
@@ -215,10 +216,10 @@ class VSRAQConfig(SignRoundConfig):
         kl_weight: float | None = None,
         **kwargs: Any,
     ) -> None:
-        iters = kwargs.get("iters", 1)
-        if not isinstance(iters, int) or iters < 1:  # AutoRound resets -1 to 200
+        check_options(kwargs)
+        if kwargs.get("iters") == 0:
             raise ValueError(
-                f"iters={iters!r}: allowed is an int >= 1; without iterations nothing "
+                "iters=0: allowed is an int >= 1; without iterations nothing "
                 "is tuned and the router loss has no effect, so use AutoRound's RTN "
                 '(alg_configs="rtn") if that is what you want'
             )
@@ -311,6 +312,7 @@ class VSRAQConfig(SignRoundConfig):
         Raises:
             ValueError: Something is not allowed.
         """
+        check_config_options(self)
         self.resolve_objective()
         self.resolve_next_objective()
         self._check_weights()
@@ -323,16 +325,12 @@ class VSRAQConfig(SignRoundConfig):
             )
         check_thresholds(self.alignment.tau, self.alignment.shift_threshold)
         self._check_without_effect()
-        for name in ("nblocks", "gradient_accumulate_steps", "min_tokens_per_expert"):
+        if isinstance(self.token_mask, str | Path):
+            check_mask_file(self.token_mask)
+        for name in ("lookahead", "min_tokens_per_expert"):
             value = getattr(self, name)
-            if value is None and name == "min_tokens_per_expert":
-                continue
-            if not isinstance(value, int) or value < 1:
+            if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"{name}={value!r}: allowed is an int >= 1")
-        if self.lookahead is not None and (
-            not isinstance(self.lookahead, int) or self.lookahead < 1
-        ):
-            raise ValueError(f"lookahead={self.lookahead!r}: allowed is an int >= 1")
         if self.router_pattern is not None:
             try:
                 re.compile(self.router_pattern)
@@ -421,14 +419,14 @@ class VSRAQConfig(SignRoundConfig):
 
     def check_config(self) -> None:
         """AutoRound's check of a configuration, plus `check_alignment`."""
-        super().check_config()
         self.check_alignment()
+        super().check_config()
 
 
 def _is_number(value: object, *, at_least_zero: bool) -> bool:
     return (
         isinstance(value, int | float)
         and not isinstance(value, bool)
-        and math.isfinite(value)
+        and abs(value) <= sys.float_info.max  # which an int may exceed
         and (value > 0 or (at_least_zero and value == 0))
     )
