@@ -15,7 +15,6 @@ import argparse
 import statistics
 
 import torch
-import yaml
 
 from vsraq.demo import model_path
 from vsraq.demo.run import (
@@ -26,6 +25,7 @@ from vsraq.demo.run import (
     tune,
 )
 from vsraq.recipe import Calibration, Recipe
+from vsraq.yaml_text import parse_yaml
 
 
 def tuning_seconds(
@@ -59,7 +59,7 @@ if __name__ == "__main__":
     parser.add_argument("--compile", action="store_true", help="under torch.compile")
     arguments = parser.parse_args()
     pairs = (option.partition("=")[::2] for option in arguments.options)
-    options = {name: yaml.safe_load(value) for name, value in pairs}
+    options = {name: parse_yaml(value) for name, value in pairs}
     # warm up caches and kernels
     tuning_seconds("auto_round", arguments.scheme, 1, False, {})
     ratios = []

@@ -15,45 +15,36 @@ arguments of `VSRAQConfig` (or of AutoRound's `SignRoundConfig` with
 `runtime` go to `auto_round.AutoRound` as they are.
 """
 
-import difflib
 import inspect
 import logging
-import re
+import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
-import yaml
 from auto_round import AutoRound
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.schemes import QuantizationScheme
 
 from vsraq.autoround import VSRAQConfig
+from vsraq.autoround.option_types import check_options
+from vsraq.autoround.recipe_keys import (
+    CalibrationKeys,
+    Method,
+    RecipeKeys,
+    check_runtime,
+    check_scheme,
+)
 from vsraq.autoround.select_tokens import selection_of
 from vsraq.autoround.token_selection import Selection
+from vsraq.checkpoint import check_formats
+from vsraq.strict import check_values, refuse_unknown
 from vsraq.token_selection import TokenMask
+from vsraq.yaml_text import parse_yaml, read_text, write_yaml
 
 logger = logging.getLogger("autoround.vsraq")
-
-Method = Literal["vsraq", "auto_round"]
-
-# What a recipe may pass to AutoRound beyond its own sections.
-_RUNTIME = {
-    "amp": bool,
-    "device_map": (str, int),
-    "enable_deterministic_algorithms": bool,
-    "enable_torch_compile": bool,
-    "ignore_layers": str,
-    "layer_config": dict,
-    "low_cpu_mem_usage": bool,
-    "low_gpu_mem_usage": bool,
-    "model_dtype": str,
-    "quant_lm_head": bool,
-    "to_quant_block_names": str,
-    "trust_remote_code": bool,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +67,7 @@ class Calibration:
     seed: int = 42
 
     def __post_init__(self) -> None:
-        for name in ("nsamples", "seqlen", "batch_size"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"calibration.{name}={value}: allowed is an int >= 1")
+        check_values(CalibrationKeys, asdict(self), "calibration")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,18 +98,17 @@ class Recipe:
     runtime: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.method not in get_args(Method):
-            raise ValueError(
-                f"method={self.method!r}: allowed are {', '.join(get_args(Method))}"
-            )
-        _refuse_unknown("algorithm", self.algorithm, _arguments(self._config_class))
-        _refuse_unknown("runtime", self.runtime, _RUNTIME)
-        for name, value in self.runtime.items():
-            _check_type(f"runtime.{name}", value, _RUNTIME[name])
+        sections = {"algorithm": dict(self.algorithm), "runtime": dict(self.runtime)}
+        check_values(RecipeKeys, vars(self) | sections | {"calibration": {}})
+        check_formats(self.format)
+        check_runtime(self.runtime)
+        refuse_unknown(self.algorithm, _arguments(self._config_class), "algorithm")
+        check_options(self.algorithm)
         try:
-            self.algorithm_config()
+            config = self.algorithm_config()
         except TypeError as error:
             raise ValueError(f"algorithm: {error}") from error
+        check_scheme(self.scheme, config)
 
     @property
     def _config_class(self) -> type[SignRoundConfig]:
@@ -141,7 +128,7 @@ class Recipe:
         plain = asdict(self)
         config = self.algorithm_config()
         plain["algorithm"] = {
-            name: value if isinstance(value, str | int | float | bool) else str(value)
+            name: value if isinstance(value, str | int | float | dict) else str(value)
             for name in sorted(_arguments(self._config_class))
             if (value := _final_value(config, name)) is not None
         }
@@ -155,24 +142,6 @@ def _final_value(config: SignRoundConfig, name: str) -> Any:
     if name in config.idle():
         return None
     return getattr(config.alignment, name, getattr(config, name, None))
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: PyYAML reads 1e-3 as text, because it has no dot."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-def _parse_yaml(text: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"not YAML: {error}") from error
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -190,7 +159,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         ValueError: The file is no mapping, a key is unknown (the message names the
             nearest known one), or a value is not allowed.
     """
-    data = _parse_yaml(Path(path).read_text())
+    data = parse_yaml(read_text(path))
     if not isinstance(data, dict):
         raise ValueError(
             f"{path}: holds a {type(data).__name__}; allowed is a mapping of keys"
@@ -209,7 +178,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
             target = target[section]
             if not isinstance(target, dict):
                 raise ValueError(f"override {override!r}: {section} is not a section")
-        target[name] = _parse_yaml(value)
+        target[name] = parse_yaml(value)
     return parse_recipe(data)
 
 
@@ -219,24 +188,22 @@ def parse_recipe(data: Mapping[str, Any]) -> Recipe:
     Raises:
         ValueError: A key is unknown or missing, or a value is not allowed.
     """
-    known = {f.name: f for f in fields(Recipe)}
-    _refuse_unknown("", data, known)
-    missing = [name for name in ("model", "scheme", "output") if name not in data]
-    if missing:
-        raise ValueError(f"{', '.join(missing)}: missing; the recipe needs a value")
     values = dict(data)
     for section in ("algorithm", "calibration", "runtime"):
-        values[section] = values.get(section) or {}
-        _check_type(section, values[section], dict)
-    for name in ("model", "scheme", "output", "format", "method"):
-        if name in values:
-            _check_type(name, values[name], str)
-    calibration = values["calibration"]
-    types = {f.name: f.type for f in fields(Calibration)}
-    _refuse_unknown("calibration", calibration, types)
-    for name, value in calibration.items():
-        _check_type(f"calibration.{name}", value, types[name])
-    values["calibration"] = Calibration(**calibration)
+        below = values.get(section)
+        if below is None:  # a key with nothing below it
+            values[section] = {}
+        elif isinstance(below, Mapping):
+            values[section] = dict(below)
+    check_values(RecipeKeys, values)
+    check_values(CalibrationKeys, values["calibration"], "calibration")
+    for section, name in (("", "model"), ("", "output"), ("algorithm", "token_mask")):
+        target = values[section] if section else values
+        if isinstance(target.get(name), str):
+            target[name] = os.path.expanduser(target[name])
+    calibration = Calibration(**values["calibration"])
+    files = [os.path.expanduser(part) for part in calibration.dataset.split(",")]
+    values["calibration"] = replace(calibration, dataset=",".join(files))
     return Recipe(**values)
 
 
@@ -371,7 +338,7 @@ def write_resolved(recipe: Recipe, folder: Path) -> Path:
     packages = ("vsraq", "auto-round", "torch", "transformers")
     versions = "".join(f"# {name} {version(name)}\n" for name in packages)
     path = folder / "vsraq_recipe.yaml"
-    path.write_text(versions + yaml.safe_dump(recipe.resolved(), sort_keys=False))
+    path.write_text(versions + write_yaml(recipe.resolved()), encoding="utf-8")
     return path
 
 
@@ -384,30 +351,3 @@ def _arguments(config_class: type) -> frozenset[str]:
             parameters = inspect.signature(init).parameters
             names |= {n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     return frozenset(names)
-
-
-def _refuse_unknown(
-    section: str, data: Mapping[str, Any], known: Iterable[str]
-) -> None:
-    known = sorted(known)
-    prefix = f"{section}." if section else ""
-    for key in data:
-        if key in known:
-            continue
-        near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
-        hint = f"; did you mean {prefix}{near[0]}?" if near else ""
-        raise ValueError(
-            f"{prefix}{key}: unknown key{hint} Allowed are "
-            f"{', '.join(prefix + name for name in known)}"
-        )
-
-
-def _check_type(name: str, value: Any, allowed: Any) -> None:
-    kinds = allowed if isinstance(allowed, tuple) else (allowed,)
-    is_bool = isinstance(value, bool)
-    if isinstance(value, kinds) and (not is_bool or bool in kinds):
-        return
-    raise ValueError(
-        f"{name}={value!r}: a {type(value).__name__}; allowed is "
-        f"{' or '.join(kind.__name__ for kind in kinds)}"
-    )

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The keys of a recipe: their types, and what AutoRound knows of their values."""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias
+
+from auto_round.data_type.utils import get_quant_func
+from auto_round.scheme_entry import eager_validate_scheme, preview_resolved_attrs
+from auto_round.schemes import PRESET_SCHEMES
+from auto_round.utils.model import convert_dtype_str2torch
+from pydantic import AfterValidator, Field
+
+from vsraq.autoround.option_types import SchemeOptions
+from vsraq.strict import StrictModel, check_values, did_you_mean
+
+Method: TypeAlias = Literal["vsraq", "auto_round"]
+
+# GGUF schemes change the format, BF16 tunes nothing
+SCHEMES = tuple(
+    name for name in PRESET_SCHEMES if not name.startswith("GGUF:") and name != "BF16"
+)
+
+_DEVICE = re.compile(
+    r"auto|tp|\d+|(cpu|cuda|hpu|mps|npu|xpu)(:\d+)?"  # a device
+    r"|[\w.*]+:(\d+|(cpu|cuda|hpu|mps|npu|xpu)(:\d+)?)"  # or layers and theirs
+)
+
+
+def _known_scheme(name: str) -> str:
+    if name.upper() not in SCHEMES:
+        raise ValueError(f"{name} is unknown")
+    return name
+
+
+def _devices(device_map: str | int) -> str | int:
+    if isinstance(device_map, int):
+        if device_map < 0:
+            raise ValueError("negative")
+        return device_map
+    parts = device_map.split(",")
+    if not all(_DEVICE.fullmatch(part.strip()) for part in parts):
+        raise ValueError("no devices")
+    return device_map
+
+
+def _dtype(name: str) -> str:
+    if name == "int8":
+        raise ValueError("no dtype of a model")
+    convert_dtype_str2torch(name)
+    return name
+
+
+def _layer_config(layers: dict[str, Any]) -> dict[str, Any]:
+    for layer, options in layers.items():
+        if isinstance(options, str):
+            _known_scheme(options)
+        else:
+            SchemeOfLayer.model_validate(options)
+        if not layer:
+            raise ValueError("an empty name")
+    return layers
+
+
+_Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
+_Names = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f,]+(,[^\x00-\x1f\x7f,]+)*$")]
+_Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+_Scheme = Annotated[str, AfterValidator(_known_scheme)]
+
+_TEXT = "a str of printable characters"
+_COUNT = "an int >= 1"
+_SWITCH = "a bool, true or false"
+_SECTION = "a mapping of keys"
+_ONE_OF_SCHEMES = f"one of {', '.join(SCHEMES)}"
+
+
+class SchemeOfLayer(SchemeOptions):
+    """What one layer may have instead of the recipe's scheme."""
+
+    scheme: _Scheme | None = Field(None, description=_ONE_OF_SCHEMES)
+    scale_dtype: Annotated[str, AfterValidator(_dtype)] | None = None
+
+
+class RecipeKeys(StrictModel):
+    """The keys at the top."""
+
+    model: _Text = Field(description=_TEXT)
+    scheme: _Text = Field(description=_TEXT)
+    output: _Text = Field(description=_TEXT)
+    format: _Names = Field("auto_round", description=_TEXT)
+    method: Method = Field("vsraq", description="vsraq or auto_round")
+    algorithm: dict[str, Any] = Field(default_factory=dict, description=_SECTION)
+    calibration: dict[str, Any] = Field(default_factory=dict, description=_SECTION)
+    runtime: dict[str, Any] = Field(default_factory=dict, description=_SECTION)
+
+
+class CalibrationKeys(StrictModel):
+    """The keys of `calibration`."""
+
+    dataset: _Names = Field("", description="a str: a data set's name or a file")
+    nsamples: _Count = Field(1, description=_COUNT)
+    seqlen: _Count = Field(1, description=_COUNT)
+    batch_size: _Count = Field(1, description=_COUNT)
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(
+        0, description="an int from 0 to 2**32 - 1"
+    )
+
+
+class RuntimeKeys(StrictModel):
+    """What a recipe may pass to `auto_round.AutoRound` beyond its own sections."""
+
+    amp: bool = Field(True, description=_SWITCH)
+    device_map: Annotated[str | int, AfterValidator(_devices)] = Field(
+        0, description='an int >= 0, "auto", a device such as cuda:0, or several: "0,1"'
+    )
+    enable_deterministic_algorithms: bool = Field(False, description=_SWITCH)
+    enable_torch_compile: bool = Field(False, description=_SWITCH)
+    ignore_layers: _Names = Field("", description="a str: layers' names and commas")
+    layer_config: Annotated[
+        dict[str, str | dict[str, Any]], AfterValidator(_layer_config)
+    ] = Field(
+        default_factory=dict,
+        description="a mapping of layers' names to a scheme's name or to fields of a "
+        f"scheme ({', '.join(SchemeOptions.model_fields)})",
+    )
+    low_cpu_mem_usage: bool = Field(True, description=_SWITCH)
+    low_gpu_mem_usage: bool = Field(False, description=_SWITCH)
+    model_dtype: Annotated[str, AfterValidator(_dtype)] = Field(
+        "auto", description="auto, float32, float16 or bfloat16"
+    )
+    quant_lm_head: bool = Field(False, description=_SWITCH)
+    to_quant_block_names: _Names = Field("", description="a str: blocks and commas")
+    trust_remote_code: bool = Field(False, description=_SWITCH)
+
+
+def check_scheme(name: str, config: Any) -> None:
+    """Check a scheme with what a configuration changes in it, by AutoRound's rules.
+
+    Args:
+        name: AutoRound's name of the scheme.
+        config: The run's `SignRoundConfig`.
+
+    Raises:
+        ValueError: The name is unknown, or the fields do not go together.
+    """
+    if name.upper() not in SCHEMES:
+        raise ValueError(
+            f"scheme={name!r}: unknown{did_you_mean(name.upper(), SCHEMES)} Allowed "
+            f"are {', '.join(SCHEMES)}"
+        )
+    try:
+        eager_validate_scheme(config, name)
+        fields = preview_resolved_attrs(config, name)
+        if fields["bits"] < 16:
+            get_quant_func(
+                fields["data_type"],
+                fields["bits"],
+                fields["sym"],
+                group_size=fields["group_size"],
+                iters=1,
+            )
+    except (ValueError, NotImplementedError, KeyError) as error:
+        raise ValueError(
+            f"scheme={name!r} with what is set under algorithm: "
+            f"{' '.join(str(error).split())}"
+        ) from error
+
+
+def check_runtime(runtime: Mapping[str, Any]) -> None:
+    """Check the arguments that go to AutoRound as they are.
+
+    Raises:
+        ValueError: A key is unknown, or a value is not allowed.
+    """
+    check_values(RuntimeKeys, runtime, "runtime")
