@@ -108,13 +108,14 @@ def test_a_resolved_recipe_keeps_awkward_text(tmp_path):
     assert load_recipe(write_resolved(recipe, tmp_path)).resolved() == recipe.resolved()
 
 
-@pytest.mark.parametrize("prefix", [b"", b"\xef\xbb\xbf"])
-def test_utf_8_whatever_the_locale(prefix, tmp_path):
-    path = tmp_path / "recipe.yaml"
-    path.write_bytes(prefix + MINIMAL.replace("some", "für").encode())
+def test_utf_8_whatever_the_locale(tmp_path):
+    for name, prefix in [("plain", b""), ("bom", b"\xef\xbb\xbf")]:
+        text = MINIMAL.replace("some", "für").encode()
+        (tmp_path / name).write_bytes(prefix + text)
     code = (
-        "import sys; from vsraq.yaml_text import read_text; "
-        f"assert read_text({str(path)!r}).startswith('model: f\\xfcr')"
+        "from pathlib import Path; from vsraq.yaml_text import read_text; "
+        f"assert all(read_text(path).startswith('model: f\\xfcr') "
+        f"for path in Path({str(tmp_path)!r}).iterdir())"
     )
     locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | locale)

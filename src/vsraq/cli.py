@@ -3,11 +3,22 @@
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
 from vsraq import __version__
+
+_EXIT_CODES = """exit status:
+  0    fine
+  1    the input is at fault, or the library or AutoRound refuses it; also an error that
+       nobody expected, which is said
+  2    the command line is wrong
+  3    verify (or the verification after quantize) found a fault in an export
+  130  interrupted
+"""
+_INPUT, _FAULT_FOUND, _INTERRUPTED = 1, 3, 130
 
 
 def _positive(text: str) -> int:
@@ -21,6 +32,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vsraq",
         description="Router-aligned quantization of mixture-of-experts models.",
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -47,6 +60,11 @@ def _parser() -> argparse.ArgumentParser:
             metavar="key=value",
             help="such as algorithm.router_weight=0.1",
         )
+        command.add_argument(
+            "--check-only",
+            action="store_true",
+            help="check the recipe, the model, the disk and the samples, and stop",
+        )
 
     verify = commands.add_parser("verify", help="check an export tensor by tensor")
     verify.add_argument("path", type=Path, help="folder of the export")
@@ -55,7 +73,19 @@ def _parser() -> argparse.ArgumentParser:
         required=True,
         help="its full-precision checkpoint: a folder, or a model id of the hub",
     )
-    commands.add_parser("families", help="what works for each MoE family")
+    verify.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the code that comes with the reference",
+    )
+    families = commands.add_parser("families", help="what works for each MoE family")
+    for command in (parser, demo, quantize, select, verify, families):
+        command.add_argument(
+            "--debug",
+            action="store_true",
+            default=False if command is parser else argparse.SUPPRESS,
+            help="show the traceback of an error",
+        )
     return parser
 
 
@@ -66,22 +96,50 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes the process's.
 
     Returns:
-        The exit status: 0, or 1 when the input or an export is at fault.
+        The exit status: 0 fine, 1 the input is at fault or refused (or an error that
+        nobody expected), 3 an export is at fault, 130 interrupted. A wrong command
+        line exits with 2.
     """
     arguments = _parser().parse_args(argv)
+    run = {
+        "demo": _demo,
+        "quantize": _quantize,
+        "select-tokens": _select_tokens,
+        "verify": _verify,
+        "families": _families,
+    }[arguments.command]
     try:
-        if arguments.command == "demo":
-            return _demo(arguments)
-        if arguments.command == "quantize":
-            return _quantize(arguments)
-        if arguments.command == "select-tokens":
-            return _select_tokens(arguments)
-        if arguments.command == "verify":
-            return _verify(arguments)
-        return _families()
-    except (ValueError, FileNotFoundError) as error:
-        print(f"vsraq: error: {error}", file=sys.stderr)
-        return 1
+        return run(arguments)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        if arguments.debug:
+            traceback.print_exc()
+        status, message = _explain(error)
+        print(f"vsraq: error: {message}", file=sys.stderr)
+        return status
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    """The exit status of an error, and what to say of it."""
+    from vsraq.checkpoint import CheckpointError
+
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyboardInterrupt):
+        return _INTERRUPTED, "interrupted"
+    if isinstance(error, SystemExit):  # AutoRound logs an error and leaves
+        return _INPUT, (
+            f"AutoRound ended the run (exit status {error.code}); the last message of "
+            "its log says why"
+        )
+    if isinstance(error, CheckpointError):
+        return _FAULT_FOUND, str(error)  # a line, and one per fault
+    if isinstance(error, ValueError | OSError | NotImplementedError):
+        return _INPUT, text
+    if isinstance(error, RuntimeError) and not isinstance(error, RecursionError):
+        return _INPUT, text
+    return _INPUT, (
+        f"unexpected {type(error).__name__}: {text}; run it again with --debug, and "
+        "report the traceback"
+    )
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -94,9 +152,12 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _quantize(arguments: argparse.Namespace) -> int:
     from vsraq.checkpoint import verify
-    from vsraq.recipe import load_recipe, run
+    from vsraq.recipe import check, load_recipe, run
 
     recipe = load_recipe(arguments.config, arguments.overrides)
+    print(f"checked: {check(recipe)}")
+    if arguments.check_only:
+        return 0
     for path in run(recipe):
         print(f"exported to {path}")
         remote = bool(recipe.runtime.get("trust_remote_code", False))
@@ -105,9 +166,19 @@ def _quantize(arguments: argparse.Namespace) -> int:
 
 
 def _select_tokens(arguments: argparse.Namespace) -> int:
-    from vsraq.recipe import load_recipe, mask_path, select_tokens
+    from vsraq.recipe import (
+        check,
+        load_recipe,
+        mask_path,
+        refuse_without_selection,
+        select_tokens,
+    )
 
     recipe = load_recipe(arguments.config, arguments.overrides)
+    refuse_without_selection(recipe)
+    print(f"checked: {check(recipe)}")
+    if arguments.check_only:
+        return 0
     print(select_tokens(recipe))
     print(f"written to {mask_path(recipe)}")
     return 0
@@ -116,11 +187,12 @@ def _select_tokens(arguments: argparse.Namespace) -> int:
 def _verify(arguments: argparse.Namespace) -> int:
     from vsraq.checkpoint import verify
 
-    print(verify(arguments.path, arguments.reference))
+    remote = arguments.trust_remote_code
+    print(verify(arguments.path, arguments.reference, trust_remote_code=remote))
     return 0
 
 
-def _families() -> int:
+def _families(arguments: argparse.Namespace) -> int:
     table = resources.files("vsraq").joinpath("families.md")
     print(table.read_text(encoding="utf-8"), end="")
     return 0

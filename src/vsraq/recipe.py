@@ -30,6 +30,7 @@ from auto_round.schemes import QuantizationScheme
 
 from vsraq.autoround import VSRAQConfig
 from vsraq.autoround.option_types import check_options
+from vsraq.autoround.preflight import Plan, check_before
 from vsraq.autoround.recipe_keys import (
     CalibrationKeys,
     Method,
@@ -234,9 +235,33 @@ def build(
     )
 
 
+def check(recipe: Recipe) -> Plan:
+    """Check what can be known before the work of `run` and `select_tokens` begins.
+
+    Raises:
+        FileNotFoundError: The model, a data set's file or the token mask is not there.
+        ValueError: The output cannot be written, the model is unknown or no mixture of
+            experts, or there is too little room or calibration text.
+    """
+    return check_before(recipe)
+
+
 def mask_path(recipe: Recipe) -> Path:
     """Where `select_tokens` writes the mask and `run` looks for it."""
     return Path(recipe.output) / "token_mask.safetensors"
+
+
+def refuse_without_selection(recipe: Recipe) -> None:
+    """Refuse a recipe of which `select_tokens` has nothing to write.
+
+    Raises:
+        ValueError: It selects no tokens, or names a mask.
+    """
+    if not _selects_tokens(recipe.algorithm_config()):
+        raise ValueError(
+            "algorithm: this recipe selects no tokens to write a mask of; allowed is "
+            "one with objective: sra or token_selection: true, and without token_mask"
+        )
 
 
 def select_tokens(recipe: Recipe) -> Selection:
@@ -248,12 +273,8 @@ def select_tokens(recipe: Recipe) -> Selection:
     Raises:
         ValueError: The recipe selects no tokens, or names a mask.
     """
+    refuse_without_selection(recipe)
     config = recipe.algorithm_config()
-    if not _selects_tokens(config):
-        raise ValueError(
-            "algorithm: this recipe selects no tokens to write a mask of; allowed is "
-            "one with objective: sra or token_selection: true, and without token_mask"
-        )
     config.select_only = True
     autoround = build(recipe, config=config)
     # as `run` does: a format may change what is quantized, and how

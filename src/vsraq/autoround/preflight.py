@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be known before hours of work: model, output, room on disk, samples."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from auto_round.calib_dataset import CALIB_DATASETS
+from auto_round.scheme_entry import preview_resolved_attrs
+from huggingface_hub.constants import is_offline_mode
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
+
+from vsraq.autoround.config import VSRAQConfig
+from vsraq.routers import find_routers
+from vsraq.strict import did_you_mean
+from vsraq.token_selection import TokenMask
+
+if TYPE_CHECKING:
+    from vsraq.recipe import Recipe
+
+_ENOUGH = 0.9  # of the estimate: what is left out of it is less than that
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do, as far as it is known before.
+
+    Attributes:
+        model_type: Of the model's config.
+        routers: MoE routers in it.
+        parameters: Weights of the model.
+        export_bytes: Estimate of the exports, all formats together.
+        resume_bytes: Estimate of AutoRound's resume files; 0 without `AR_RESUME_DIR`.
+        free_bytes: Free where the exports go.
+    """
+
+    model_type: str
+    routers: int
+    parameters: int
+    export_bytes: int
+    resume_bytes: int
+    free_bytes: int
+
+    def __str__(self) -> str:
+        resume = f", resume files about {_gb(self.resume_bytes)}" * bool(
+            self.resume_bytes
+        )
+        return (
+            f"{self.model_type} with {self.parameters / 1e9:.3g} G parameters and "
+            f"{self.routers} routers; export about {_gb(self.export_bytes)}{resume}, "
+            f"{_gb(self.free_bytes)} free"
+        )
+
+
+def check_before(recipe: "Recipe") -> Plan:
+    """Check everything that a recipe needs, without loading a weight.
+
+    Args:
+        recipe: A valid recipe.
+
+    Returns:
+        What the run would do.
+
+    Raises:
+        FileNotFoundError: The model, a data set's file or the token mask is not there.
+        ValueError: The output cannot be written, the model is unknown or no mixture of
+            experts, or there is too little room or calibration text.
+    """
+    config = recipe.algorithm_config()
+    folder = _writable(recipe.output, "output")
+    if isinstance(config, VSRAQConfig) and isinstance(config.token_mask, str | Path):
+        TokenMask.load(config.token_mask)
+    model_config = _model_config(recipe)
+    model = _skeleton(model_config, recipe)
+    pattern = config.router_pattern if isinstance(config, VSRAQConfig) else None
+    routers = find_routers(model, router_pattern=pattern)
+    if not routers and isinstance(config, VSRAQConfig) and config.alignment:
+        raise ValueError(
+            f"model={recipe.model!r}: a {model_config.model_type} has no MoE router; "
+            "allowed are mixture-of-experts models, or method: auto_round"
+        )
+    scheme = preview_resolved_attrs(config, recipe.scheme)
+    resume_dir = os.environ.get("AR_RESUME_DIR")
+    plan = Plan(
+        model_type=model_config.model_type,
+        routers=len(routers),
+        parameters=sum(p.numel() for p in model.parameters()),
+        export_bytes=export_bytes(model, scheme) * len(recipe.format.split(",")),
+        resume_bytes=_resume_bytes(model_config, recipe) if resume_dir else 0,
+        free_bytes=shutil.disk_usage(folder).free,
+    )
+    _check_room(plan, folder, resume_dir)
+    _check_samples(recipe)
+    return plan
+
+
+def export_bytes(model: nn.Module, scheme: Mapping[str, Any]) -> int:
+    """How large an export is, about.
+
+    Matrices and stacks of matrices (experts) have `bits` per weight and 16 bits per
+    group; embeddings, the head and everything else have 16 bits.
+
+    Args:
+        model: The model, on meta.
+        scheme: `bits` and `group_size`.
+
+    Returns:
+        Bytes.
+    """
+    per_weight = min(scheme["bits"], 16) / 8
+    group = scheme["group_size"]
+    if scheme["bits"] < 16 and isinstance(group, int) and group > 0:
+        per_weight += 2 / group
+    names = {n for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    total = 0.0
+    for name, parameter in model.named_parameters():  # tied ones once
+        whole = parameter.ndim < 2 or name.rpartition(".")[0] in names | {"lm_head"}
+        total += parameter.numel() * (2 if whole else per_weight)
+    return int(total)
+
+
+def _resume_bytes(config: Any, recipe: "Recipe") -> int:
+    """AutoRound keeps both streams of hidden states, 16 bits each."""
+    hidden = config.get_text_config().hidden_size
+    return 2 * 2 * recipe.calibration.nsamples * recipe.calibration.seqlen * hidden
+
+
+def _writable(path: str, name: str) -> Path:
+    """The nearest folder above a path that exists; it must let us write."""
+    there = Path(path).absolute()
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise ValueError(f"{name}={path!r}: {there} is a file; allowed is a folder")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return there
+    except OSError as error:
+        raise ValueError(
+            f"{name}={path!r}: {there} cannot be written ({error.strerror}); allowed "
+            "is a folder that can"
+        ) from error
+
+
+def _model_config(recipe: "Recipe") -> Any:
+    path = Path(recipe.model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"model={recipe.model!r}: the folder has no config.json; allowed is "
+                "the folder of a saved model"
+            )
+    elif path.exists() or recipe.model.startswith(("/", ".", "~")):
+        raise FileNotFoundError(
+            f"model={recipe.model!r}: no such folder; allowed is the folder of a saved "
+            "model, or a model id of the hub"
+        )
+    try:
+        return AutoConfig.from_pretrained(
+            recipe.model,
+            trust_remote_code=bool(recipe.runtime.get("trust_remote_code", False)),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        where = (
+            ", and the hub is switched off (HF_HUB_OFFLINE), so only models in its "
+            "cache are there"
+            if not path.is_dir() and is_offline_mode()
+            else ""
+        )
+        raise ValueError(
+            f"model={recipe.model!r}: its config cannot be read{where} ({reason})"
+        ) from error
+
+
+def _skeleton(config: Any, recipe: "Recipe") -> nn.Module:
+    larger = (
+        type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    )
+    auto = AutoModelForImageTextToText if larger else AutoModelForCausalLM
+    remote = bool(recipe.runtime.get("trust_remote_code", False))
+    with torch.device("meta"):
+        model: nn.Module = auto.from_config(config, trust_remote_code=remote)
+    return model
+
+
+def _check_room(plan: Plan, output: Path, resume_dir: str | None) -> None:
+    needed = plan.export_bytes
+    if resume_dir:
+        folder = _writable(resume_dir, "AR_RESUME_DIR")
+        if folder.stat().st_dev == output.stat().st_dev:
+            needed += plan.resume_bytes
+        elif shutil.disk_usage(folder).free < _ENOUGH * plan.resume_bytes:
+            raise ValueError(
+                f"AR_RESUME_DIR={resume_dir!r}: {_gb(shutil.disk_usage(folder).free)} "
+                f"free, the run needs about {_gb(plan.resume_bytes)} there"
+            )
+    if plan.free_bytes < _ENOUGH * needed:
+        raise ValueError(
+            f"output: {_gb(plan.free_bytes)} free at {output}, the run needs about "
+            f"{_gb(needed)}; free some, or write to another disk"
+        )
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.3g} GB"
+
+
+def _check_samples(recipe: "Recipe") -> None:
+    """Check that every data set is known, and a single local one large enough."""
+    parts = recipe.calibration.dataset.split(",")
+    for part in parts:
+        name = part.partition(":")[0]
+        if Path(name).is_file():
+            _check_local(name)
+        elif name.endswith((".json", ".jsonl", ".txt")) or name.startswith(("/", ".")):
+            raise FileNotFoundError(
+                f"calibration.dataset={name!r}: no such file; allowed is a .json or "
+                ".jsonl file, or one of AutoRound's data sets"
+            )
+        elif not any(name.split("/")[-1] in known for known in CALIB_DATASETS):
+            known = sorted(CALIB_DATASETS)
+            raise ValueError(
+                f"calibration.dataset={name!r}: unknown{did_you_mean(name, known)} "
+                f"Allowed are a .jsonl file, or {', '.join(known)}"
+            )
+    if len(parts) == 1 and Path(parts[0]).is_file():  # without AutoRound's options
+        _count_samples(recipe, Path(parts[0]))
+
+
+def _check_local(name: str) -> None:
+    if not name.endswith((".json", ".jsonl")):
+        raise ValueError(
+            f"calibration.dataset={name!r}: AutoRound reads .json and .jsonl files; "
+            "convert it to a .jsonl file with a text per line"
+        )
+    if " " in name:
+        raise ValueError(
+            f"calibration.dataset={name!r}: AutoRound drops spaces from the name; "
+            "allowed is a path without"
+        )
+
+
+def _count_samples(recipe: "Recipe", path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(
+        recipe.model,
+        trust_remote_code=bool(recipe.runtime.get("trust_remote_code", False)),
+    )
+    seqlen, wanted = recipe.calibration.seqlen, recipe.calibration.nsamples
+    texts = enough = longest = 0
+    for text in _texts(path):
+        texts += 1
+        encoded = tokenizer(text, truncation=True, max_length=seqlen)["input_ids"]
+        longest = max(longest, len(encoded))
+        enough += len(encoded) >= seqlen
+        if enough == wanted:
+            return
+    raise ValueError(
+        f"calibration.dataset={str(path)!r}: {enough} of {texts} texts have "
+        f"calibration.seqlen={seqlen} tokens or more (the longest has {longest}), "
+        f"calibration.nsamples={wanted} are wanted; AutoRound drops shorter ones, so "
+        "use more or longer texts, or lower one of the two"
+    )
+
+
+def _texts(path: Path) -> Iterator[str]:
+    """The texts of a file, read as AutoRound reads them."""
+    with path.open(encoding="utf-8") as file:
+        try:
+            if path.suffix == ".json":
+                data = json.load(file)
+                samples: Any = data.values() if isinstance(data, dict) else data
+            else:
+                samples = map(json.loads, file)
+            for number, sample in enumerate(samples, 1):
+                yield _text(sample, path, number)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"calibration.dataset={str(path)!r}: no JSON in UTF-8 ({error})"
+            ) from error
+
+
+def _text(sample: Any, path: Path, number: int) -> str:
+    text = sample
+    if isinstance(sample, dict):
+        text = next(iter(sample.values())) if len(sample) == 1 else sample.get("text")
+    if not isinstance(text, str):
+        raise ValueError(
+            f"calibration.dataset={str(path)!r}: sample {number} has no text; allowed "
+            'is a string, or a mapping with a "text"'
+        )
+    return text.rstrip()
