@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint folder: which files count, what lies in them, one tensor at a time.
+
+`model.safetensors.index.json` decides which files and tensors count, as it does for
+those who serve a model; without one it is `model.safetensors`. Names, shapes and dtypes
+come from the files' headers.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_SINGLE = "model.safetensors"
+_INDEX = f"{_SINGLE}.index.json"
+_MAX_SHOWN = 20
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is faulty.
+
+    Attributes:
+        faults: One line per fault, each naming its file, tensor or layer.
+    """
+
+    def __init__(self, path: Path, faults: list[str]) -> None:
+        self.faults = tuple(faults)
+        shown = "\n".join(f"  - {fault}" for fault in faults[:_MAX_SHOWN])
+        more = len(faults) - _MAX_SHOWN
+        tail = f"\n  ... and {more} more" if more > 0 else ""
+        super().__init__(
+            f"checkpoint {path} has {len(faults)} fault(s):\n{shown}{tail}\n"
+            "Do not serve it; export again, and report what repeats."
+        )
+
+
+class Header(NamedTuple):
+    """What a file's header says of a tensor.
+
+    Attributes:
+        shape: Its shape.
+        dtype: Its dtype as safetensors names it: "BF16", "F8_E4M3", "I32".
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Checkpoint:
+    """The tensors of a checkpoint folder, read one at a time.
+
+    Use it as a context manager.
+
+    Args:
+        path: The folder.
+
+    Attributes:
+        path: The folder.
+        config: What config.json holds.
+        faults: What is wrong with its files without making it unreadable: files and
+            tensors that the index does not name, and the other way round.
+
+    Raises:
+        FileNotFoundError: The folder has no config.json, no safetensors file that
+            counts, or not all files of its index.
+        CheckpointError: A file of it cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not (self.path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"path={str(path)!r}: no config.json there; allowed is the folder of a "
+                "saved model"
+            )
+        self.config: dict[str, Any] = self._read_json("config.json")
+        self.faults: list[str] = []
+        self._stack = ExitStack()
+        self._owner: dict[str, Any] = {}
+        self._headers: dict[str, Header] = {}
+
+    def __enter__(self) -> Self:
+        try:
+            self._open()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+        self._owner.clear()
+
+    def _open(self) -> None:
+        found = {file.name for file in self.path.glob("*.safetensors")}
+        index = self._read_index()
+        if index is None and _SINGLE not in found:
+            raise FileNotFoundError(
+                f"path={str(self.path)!r}: neither {_INDEX} nor {_SINGLE} there; "
+                "allowed is the folder of a model saved with safetensors"
+            )
+        files = sorted({_SINGLE} if index is None else set(index.values()))
+        missing = [name for name in files if name not in found]
+        if missing:
+            raise FileNotFoundError(
+                f"path={str(self.path)!r}: {_INDEX} names {', '.join(missing)}, not "
+                "there; allowed is a complete checkpoint"
+            )
+        for name in sorted(found.difference(files)):
+            self.faults.append(f"{name}: a file that {self._names(index)} does not name")
+        for name in files:
+            self._open_file(name, index)
+        for name, file in (index or {}).items():
+            if name not in self._owner:
+                self.faults.append(f"{name}: {_INDEX} says {file}, which lacks it")
+
+    @staticmethod
+    def _names(index: Mapping[str, str] | None) -> str:
+        return "a checkpoint without an index" if index is None else _INDEX
+
+    def _open_file(self, name: str, index: Mapping[str, str] | None) -> None:
+        try:
+            opened = safe_open(self.path / name, framework="pt")
+            handle = self._stack.enter_context(opened)
+            keys = handle.keys()
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(
+                self.path, [f"{name}: cannot be read ({error})"]
+            ) from error
+        for key in keys:
+            if index is not None and index.get(key) != name:
+                self.faults.append(f"{key}: in {name}, but {_INDEX} does not say so")
+            else:
+                self._owner[key] = handle
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        try:
+            content = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (ValueError, OSError, RecursionError) as error:
+            raise CheckpointError(
+                self.path, [f"{name}: cannot be read ({error})"]
+            ) from error
+        if not isinstance(content, dict):
+            raise CheckpointError(
+                self.path, [f"{name}: {type(content).__name__}, allowed is an object"]
+            )
+        return content
+
+    def _read_index(self) -> dict[str, str] | None:
+        if not (self.path / _INDEX).is_file():
+            return None
+        names = self._read_json(_INDEX).get("weight_map")
+        if not isinstance(names, dict) or not names:
+            raise CheckpointError(self.path, [f"{_INDEX}: it has no weight_map"])
+        for tensor, file in names.items():
+            if not isinstance(file, str) or Path(file).name != file:
+                raise CheckpointError(
+                    self.path, [f"{_INDEX}: {tensor} lies in {file!r}, no file name"]
+                )
+        return names
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._owner
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._owner)
+
+    def __getitem__(self, name: str) -> Tensor:
+        try:
+            tensor: Tensor = self._owner[name].get_tensor(name)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(
+                self.path, [f"{name}: cannot be read ({error})"]
+            ) from error
+        return tensor
+
+    def header(self, name: str) -> Header:
+        """Shape and dtype of a tensor, without reading it."""
+        if name not in self._headers:
+            view = self._owner[name].get_slice(name)
+            self._headers[name] = Header(tuple(view.get_shape()), view.get_dtype())
+        return self._headers[name]
+
+    @property
+    def quantization_config(self) -> dict[str, Any]:
+        """`quantization_config` of config.json.
+
+        Raises:
+            ValueError: The checkpoint is not quantized.
+        """
+        config = self.config.get("quantization_config")
+        if not isinstance(config, dict):
+            raise ValueError(
+                f"path={str(self.path)!r}: config.json has no quantization_config; "
+                "allowed is a quantized export"
+            )
+        return config
+
+    def suffixes(self) -> dict[str, set[str]]:
+        """Tensors by what they belong to: {"a.b": {"qweight", "scales"}}."""
+        belonging: dict[str, set[str]] = defaultdict(set)
+        for name in self:
+            owner, _, suffix = name.rpartition(".")
+            belonging[owner].add(suffix)
+        return belonging
