@@ -5,14 +5,11 @@ The tensors are read from the safetensors files themselves and decoded here, so 
 no loader of another library can hide what is missing.
 """
 
+from vsraq.checkpoint.faults import CheckpointError
+from vsraq.checkpoint.load import load_model
+from vsraq.checkpoint.reader import Checkpoint
 from vsraq.checkpoint.supported import check_formats
-from vsraq.checkpoint.verify import (
-    Checkpoint,
-    CheckpointError,
-    Verification,
-    load_model,
-    verify,
-)
+from vsraq.checkpoint.verify import Verification, verify
 
 __all__ = [
     "Checkpoint",

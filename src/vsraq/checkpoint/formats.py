@@ -7,6 +7,7 @@ takes leading batch dimensions.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ class Format:
     weight: str  # the tensor that holds the levels
     scales: tuple[str, ...]  # those that must be finite and not zero
     optional: tuple[str, ...] = ()
-    zeros: str | None = None  # the tensor of the zero points
+    # where the outputs lie: dimension from the end, and whether they are packed
+    outputs: Mapping[str, tuple[int, bool]] = MappingProxyType({})
 
     def expected(self, scheme: Scheme, out_features: int, in_features: int) -> Expected:
         """Suffix -> (shape, dtypes) of every tensor of a layer that must be there."""
@@ -38,8 +40,22 @@ class Format:
         """The weight as numbers, float32, (..., O, I), in the format's arithmetic."""
         raise NotImplementedError
 
+    def rows(
+        self, tensors: Tensors, scheme: Scheme, start: int, stop: int
+    ) -> dict[str, Tensor]:
+        """The tensors of some outputs; both bounds are multiples of 32, or O."""
+        found = dict(tensors)
+        for suffix, (dim, packed) in self.outputs.items():
+            if suffix not in tensors:
+                continue
+            low, high = start, stop
+            if packed:
+                low, high = (n * scheme.bits // 32 for n in (start, stop))
+            found[suffix] = tensors[suffix].narrow(dim, low, high - low)
+        return found
+
     def step(self, scheme: Scheme) -> float:
-        """The step between two levels in the middle of a group's range, over its largest."""
+        """The step in the middle of a group's range, over its largest |weight|."""
         raise NotImplementedError
 
     def zero_points(self, tensors: Tensors, scheme: Scheme) -> Tensor | None:
@@ -58,8 +74,10 @@ class GPTQ(Format):
     offset: int
     weight = "qweight"
     scales = ("scales",)
-    optional = ("g_idx",)
-    zeros = "qzeros"
+    optional: tuple[str, ...] = ("g_idx",)
+    outputs = MappingProxyType(
+        {"qweight": (-1, False), "qzeros": (-1, True), "scales": (-1, False)}
+    )
 
     def expected(self, scheme: Scheme, out_features: int, in_features: int) -> Expected:
         """See `Format`."""
@@ -91,6 +109,9 @@ class AWQ(GPTQ):
     """Integers as AutoAWQ packs them, along the outputs, in an order of its own."""
 
     optional = ()
+    outputs = MappingProxyType(
+        {"qweight": (-1, True), "qzeros": (-1, True), "scales": (-1, False)}
+    )
 
     def expected(self, scheme: Scheme, out_features: int, in_features: int) -> Expected:
         """See `Format`."""
@@ -112,7 +133,13 @@ class Packed(Format):
 
     weight = "weight_packed"
     scales = ("weight_scale",)
-    zeros = "weight_zero_point"
+    outputs = MappingProxyType(
+        {
+            "weight_packed": (-2, False),
+            "weight_scale": (-2, False),
+            "weight_zero_point": (-2, True),
+        }
+    )
 
     def expected(self, scheme: Scheme, out_features: int, in_features: int) -> Expected:
         """See `Format`."""
@@ -163,6 +190,10 @@ class NVFP4(Format):
     weight = "weight_packed"
     scales = ("weight_scale", "weight_global_scale", "input_global_scale")
 
+    outputs = MappingProxyType(
+        {"weight_packed": (-2, False), "weight_scale": (-2, False)}
+    )
+
     def expected(self, scheme: Scheme, out_features: int, in_features: int) -> Expected:
         """See `Format`."""
         one = ((1,), frozenset({"F32"}))
@@ -198,6 +229,10 @@ class MXFP4(Format):
     weight = "weight_packed"
     scales = ("weight_scale",)
 
+    outputs = MappingProxyType(
+        {"weight_packed": (-2, False), "weight_scale": (-2, False)}
+    )
+
     def expected(self, scheme: Scheme, out_features: int, in_features: int) -> Expected:
         """See `Format`."""
         octets = frozenset({"U8"})
@@ -220,6 +255,8 @@ class MXFP8(Format):
 
     weight = "weight"
     scales = ("weight_scale",)
+
+    outputs = MappingProxyType({"weight": (-2, False), "weight_scale": (-2, False)})
 
     def expected(self, scheme: Scheme, out_features: int, in_features: int) -> Expected:
         """See `Format`."""
@@ -259,6 +296,17 @@ class Scaled8(Format):
         }
         one = ((1,), _REAL)
         return found | ({"input_scale": one} if scheme.static_inputs else {})
+
+    def rows(
+        self, tensors: Tensors, scheme: Scheme, start: int, stop: int
+    ) -> dict[str, Tensor]:
+        """See `Format`."""
+        found = dict(tensors) | {"weight": tensors["weight"][..., start:stop, :]}
+        if scheme.group_size:
+            shape = (*tensors["weight"].shape[:-1], 1)  # also where stored as (O,)
+            scale = tensors["weight_scale"].reshape(shape)
+            found["weight_scale"] = scale[..., start:stop, :]
+        return found
 
     def dequantize(self, tensors: Tensors, scheme: Scheme) -> Tensor:
         """See `Format`: value * scale."""

@@ -39,7 +39,7 @@ def unpack_last(packed: Tensor, bits: int) -> Tensor:
 
 
 def unpack_rows(packed: Tensor, bits: int) -> Tensor:
-    """The same along the last dimension but one: (..., W, N) -> (..., W * 32 / bits, N).
+    """The same along the last dimension but one: (..., W, N) -> (..., I, N).
 
     GPTQ packs the inputs of a layer like this.
     """
@@ -68,4 +68,4 @@ def e2m1(packed: Tensor) -> Tensor:
 
 def e8m0(exponents: Tensor) -> Tensor:
     """Powers of two with a bias of 127, uint8 -> float32."""
-    return torch.ldexp(torch.ones(1), exponents.int() - 127)
+    return torch.exp2(exponents.float() - 127)

@@ -10,6 +10,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -17,27 +18,12 @@ from typing import Any, NamedTuple, Self
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vsraq.checkpoint.faults import CheckpointError
+from vsraq.checkpoint.formats import FORMATS
+from vsraq.checkpoint.schemes import Schemes
+
 _SINGLE = "model.safetensors"
 _INDEX = f"{_SINGLE}.index.json"
-_MAX_SHOWN = 20
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is faulty.
-
-    Attributes:
-        faults: One line per fault, each naming its file, tensor or layer.
-    """
-
-    def __init__(self, path: Path, faults: list[str]) -> None:
-        self.faults = tuple(faults)
-        shown = "\n".join(f"  - {fault}" for fault in faults[:_MAX_SHOWN])
-        more = len(faults) - _MAX_SHOWN
-        tail = f"\n  ... and {more} more" if more > 0 else ""
-        super().__init__(
-            f"checkpoint {path} has {len(faults)} fault(s):\n{shown}{tail}\n"
-            "Do not serve it; export again, and report what repeats."
-        )
 
 
 class Header(NamedTuple):
@@ -118,7 +104,7 @@ class Checkpoint:
                 "there; allowed is a complete checkpoint"
             )
         for name in sorted(found.difference(files)):
-            self.faults.append(f"{name}: a file that {self._names(index)} does not name")
+            self.faults.append(f"{name}: {self._names(index)} does not name this file")
         for name in files:
             self._open_file(name, index)
         for name, file in (index or {}).items():
@@ -214,3 +200,36 @@ class Checkpoint:
             owner, _, suffix = name.rpartition(".")
             belonging[owner].add(suffix)
         return belonging
+
+    @cached_property
+    def schemes(self) -> Schemes:
+        """The scheme of each layer, as the config declares it.
+
+        Raises:
+            ValueError: The checkpoint is not quantized, or in another format.
+            CheckpointError: The config contradicts itself, or lacks something.
+        """
+        return Schemes(self.path, self.quantization_config)
+
+    def dequantize(self, layer: str) -> Tensor:
+        """The weight of a quantized layer as numbers, float32, (out, in).
+
+        Args:
+            layer: The layer's name as stored, such as "model.layers.0.mlp.up_proj".
+
+        Returns:
+            The weight, computed in the export's own arithmetic.
+
+        Raises:
+            KeyError: The layer is not quantized, or a tensor of it is missing.
+        """
+        scheme = self.schemes(layer)
+        if scheme is None:
+            raise KeyError(f"{layer}: declared full precision")
+        prefix = f"{layer}."
+        own = {
+            name.removeprefix(prefix): self[name]
+            for name in self
+            if name.startswith(prefix)
+        }
+        return FORMATS[scheme.layout].dequantize(own, scheme)

@@ -9,9 +9,10 @@ in a dictionary; patterns are compiled once.
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from vsraq.checkpoint.reader import Checkpoint, CheckpointError
+from vsraq.checkpoint.faults import CheckpointError
 
 _META = re.compile(r"[\\*+?^$()\[\]{}|]")
 
@@ -84,16 +85,17 @@ class Schemes:
     """The scheme of each layer, as the export's config declares it.
 
     Args:
-        export: The export.
+        path: Folder of the export, for messages.
+        config: Its `quantization_config`.
 
     Raises:
         ValueError: The config is of a format that cannot be read.
         CheckpointError: The config contradicts itself, or lacks something.
     """
 
-    def __init__(self, export: Checkpoint) -> None:
-        self._export = export
-        config = export.quantization_config
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        self._path = path
+        self._config = config
         method = config.get("quant_method")
         try:
             if method == "compressed-tensors":
@@ -104,18 +106,17 @@ class Schemes:
                 raise self._unknown()
         except (TypeError, KeyError, AttributeError, re.error) as error:
             raise CheckpointError(
-                export.path, [f"config.json: quantization_config is broken ({error!r})"]
+                path, [f"config.json: quantization_config is broken ({error!r})"]
             ) from error
-        self.declared = method != "compressed-tensors" or bool(config.get("ignore"))
 
     def _unknown(self) -> ValueError:
-        config = self._export.quantization_config
+        config = self._config
         said = ", ".join(
             f"{key}={config.get(key)!r}"
             for key in ("quant_method", "packing_format", "format", "data_type", "bits")
         )
         return ValueError(
-            f"path={str(self._export.path)!r}: {said}; allowed are exports of AutoRound "
+            f"path={str(self._path)!r}: {said}; allowed are exports of AutoRound "
             "as auto_round, auto_gptq, auto_awq (integers; in auto_round also NVFP4, "
             "MXFP4, MXFP8, FP8) and llm_compressor (integers, INT8_W8A8, NVFP4, MXFP4, "
             "MXFP8, FP8)"
@@ -218,7 +219,7 @@ def _compressed(
         weights = group["weights"]
         inputs = group.get("input_activations") or {}
         form = group.get("format") or config.get("format")
-        layout = _COMPRESSED.get((form, weights["type"]))
+        layout = _COMPRESSED.get((str(form), str(weights["type"])))
         if layout is None:
             raise unknown()
         strategy = weights["strategy"]

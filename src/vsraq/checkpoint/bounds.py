@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far a dequantized weight may lie from the original one.
+
+Rounding to nearest with a step D leaves an error of D / sqrt(12), tuned rounding moves
+it by a step at most (SignRound shifts by half a step before it rounds), and tuned
+clipping shrinks what lies outside. So the error e = dq - w of a part of a weight is
+split into what lies along w and the rest,
+
+    slope = 1 + <w, e> / <w, w>,     rest^2 = <e, e> / <w, w> - (slope - 1)^2,
+
+and judged in units that scale with nothing:
+
+    slope in [low, high],            rest <= factor * r + max(0, 1 - slope),
+
+where r = D / sqrt(12) over the root mean square of w, and D follows from the format's
+levels and the largest weight of each group. Clipping lowers the slope and adds to the
+rest no more than it lowers the slope. A weight of another layer, or a random one, has
+a slope of about 0, whatever its scales; scales that are 10 % off move the slope by 0.1.
+A layer is judged as a whole, row by row, and group by group, each with the margin that
+its number of weights needs; docs/verify.md has the measured values.
+
+Shapes: N layers at once, O outputs, I inputs, G groups of inputs.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SLOPE = (0.5, 1.05)  # of a layer
+REST = 3.0
+ROW_SLOPE = (0.35, 1.5)  # of one row: a few weights may all be rounded one way
+ROW_REST = 6.0
+GROUP_STEPS = 2.0  # root mean square of a group's error, in steps,
+GROUP_CLIP = 0.5  # and beyond them in largest weights
+_TINY = 1e-5  # AutoRound's smallest scale
+_NEGLIGIBLE = 1e-3  # rows below this share of the layer's largest weight may vanish
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Errors of N layers of one shape.
+
+    Attributes:
+        slope: (N,), of the layer as a whole.
+        rest: (N,), over r.
+        row_slopes: (N, O); 1 for rows that are too small to be judged.
+        row_rests: (N, O); 0 for these.
+        groups: (N,), the worst group's root mean square error beyond its steps, over
+            its largest weight.
+        finite: (N,), whether every dequantized weight is.
+    """
+
+    slope: Tensor
+    rest: Tensor
+    row_slopes: Tensor
+    row_rests: Tensor
+    groups: Tensor
+    finite: Tensor
+
+    def fault(self, index: int) -> str | None:
+        """What is wrong with a layer, or None."""
+        if not self.finite[index]:
+            return "its dequantized weight is not finite"
+        slope, rest = float(self.slope[index]), float(self.rest[index])
+        if not SLOPE[0] <= slope <= SLOPE[1] or not rest <= REST:
+            return (
+                f"its dequantized weight is not the original's: slope {slope:.3g} "
+                f"(allowed {SLOPE[0]} to {SLOPE[1]}), rest {rest:.3g} of the rounding "
+                f"error (allowed {REST})"
+            )
+        slopes, rests = self.row_slopes[index], self.row_rests[index]
+        low, high = ROW_SLOPE
+        bad = (slopes < low) | (slopes > high) | (rests > ROW_REST)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            return (
+                f"{int(bad.sum())} of its {len(bad)} rows are not the original's, the "
+                f"first is row {row}: slope {float(slopes[row]):.3g} (allowed {low} to "
+                f"{high}), rest {float(rests[row]):.3g} (allowed {ROW_REST})"
+            )
+        group = float(self.groups[index])
+        if not group <= GROUP_CLIP:
+            return (
+                f"a group of its weights is off by {group:.3g} of its largest weight "
+                f"beyond {GROUP_STEPS:g} steps (allowed {GROUP_CLIP})"
+            )
+        return None
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sums over the weights of each group, (N, O, G).
+
+    Attributes:
+        ww: Of w^2.
+        ee: Of e^2.
+        we: Of w e.
+        largest: The largest |w|.
+        size: Weights of a group.
+    """
+
+    ww: Tensor
+    ee: Tensor
+    we: Tensor
+    largest: Tensor
+    size: int
+
+    @classmethod
+    def of(cls, weight: Tensor, dequantized: Tensor, groups: int) -> "Sums":
+        """Compare dequantized weights with the original ones.
+
+        Args:
+            weight: The original, (N, O, I).
+            dequantized: The same of the export, float32.
+            groups: G.
+        """
+        w = weight.float().unflatten(-1, (groups, -1))
+        e = dequantized.unflatten(-1, (groups, -1)) - w
+        return cls(
+            ww=torch.linalg.vecdot(w, w),
+            ee=torch.linalg.vecdot(e, e),
+            we=torch.linalg.vecdot(w, e),
+            largest=torch.linalg.vector_norm(w, torch.inf, -1),
+            size=w.shape[-1],
+        )
+
+    @classmethod
+    def joined(cls, parts: list["Sums"]) -> "Sums":
+        """Of the same layers, some of their rows each."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            ww=torch.cat([part.ww for part in parts], dim=1),
+            ee=torch.cat([part.ee for part in parts], dim=1),
+            we=torch.cat([part.we for part in parts], dim=1),
+            largest=torch.cat([part.largest for part in parts], dim=1),
+            size=parts[0].size,
+        )
+
+
+def judge(sums: Sums, step: float, *, one_scale: bool) -> Errors:
+    """The errors of each layer, in the units of the bounds.
+
+    Args:
+        sums: Of N layers.
+        step: Of the format, over the largest weight of a group.
+        one_scale: Whether a layer has one scale for all of its weights.
+    """
+    largest = sums.largest
+    layer_largest = largest.amax((-1, -2), keepdim=True)
+    if one_scale:
+        largest = layer_largest.expand_as(largest)
+    steps = sums.size / 12 * (step * largest + _TINY).square()  # energy of rounding
+    slope, rest = _slope_and_rest(sums, steps, (-1, -2))
+    row_slopes, row_rests = _slope_and_rest(sums, steps, (-1,))
+    floor = _NEGLIGIBLE * layer_largest + 20 * _TINY
+    small = sums.largest.amax(-1, keepdim=True) < floor
+    rms = (sums.ee / sums.size).sqrt()
+    beyond = (rms - GROUP_STEPS * (step * largest + _TINY)) / largest.maximum(floor)
+    return Errors(
+        slope=slope,
+        rest=rest,
+        row_slopes=row_slopes.masked_fill(small[..., 0], 1),
+        row_rests=row_rests.masked_fill(small[..., 0], 0),
+        groups=beyond.flatten(1).amax(-1),
+        finite=sums.ee.isfinite().flatten(1).all(-1),
+    )
+
+
+def _slope_and_rest(
+    sums: Sums, steps: Tensor, dims: tuple[int, ...]
+) -> tuple[Tensor, Tensor]:
+    ww, ee, we, steps = (x.sum(dims) for x in (sums.ww, sums.ee, sums.we, steps))
+    zero = ww == 0
+    energy = ww.masked_fill(zero, 1)
+    along = we / energy
+    rest = (ee / energy - along.square()).clamp(min=0).sqrt() + along.clamp(max=0)
+    return (1 + along).masked_fill(zero, 1), rest / (steps / energy).sqrt()

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compare what an export stores with what the original holds, tensor by tensor."""
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from vsraq.checkpoint.bounds import Sums, judge
+from vsraq.checkpoint.formats import FORMATS, Expected, Format
+from vsraq.checkpoint.names import OwnNames
+from vsraq.checkpoint.pairing import Pairs, Parts, Piece
+from vsraq.checkpoint.reader import Checkpoint
+from vsraq.checkpoint.schemes import Scheme
+
+REAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_BATCH = 1 << 20  # weights that go through together: their numbers stay in the cache
+
+
+class QuantizedLayers:
+    """Check the quantized layers of an export.
+
+    Layers of one shape go through in batches, large ones in pieces of their rows.
+
+    Args:
+        export: The export.
+        pairs: What belongs to what.
+        parts: Of the original.
+        own_name: The module's name of a stored one; configs use either.
+        tuned: The tuned layers by stored name, or empty: then the original's weights
+            are compared, within what rounding and clipping may do.
+
+    Attributes:
+        faults: What was found.
+        compared: Layers found equal to the tuned ones.
+    """
+
+    def __init__(
+        self,
+        export: Checkpoint,
+        pairs: Pairs,
+        parts: Parts,
+        own_name: OwnNames,
+        tuned: Mapping[str, nn.Linear],
+    ) -> None:
+        self.faults: list[str] = []
+        self.compared = 0
+        self._export = export
+        self._layers = pairs.layers
+        self._parts = parts
+        self._own_name = own_name
+        self._tuned = tuned
+        self._waiting: dict[
+            tuple[Scheme, int, int], list[tuple[str, Tensor, dict[str, Tensor]]]
+        ] = defaultdict(list)
+        self._asymmetric: list[str] = []
+        self._off_middle = False
+
+    def check(self, piece: Piece) -> None:
+        """Check one layer, or put it into the batch of its shape."""
+        layer = piece.layer
+        scheme = self._export.schemes(layer, self._own_name(layer))
+        if scheme is None:
+            self.faults.append(
+                f"{layer}: quantized, but the config declares it full precision"
+            )
+            return
+        form = FORMATS[scheme.layout]
+        found = self._complete(layer, scheme, form, self._parts.shapes(piece))
+        if found is None:
+            return
+        (rows, inputs), expected = found
+        tensors = {suffix: self._export[f"{layer}.{suffix}"] for suffix in expected}
+        if not self._sound(layer, scheme, form, tensors, inputs):
+            return
+        if self._tuned:
+            self._compare(layer, form.dequantize(tensors, scheme))
+        elif piece.part is None:
+            weight = self._parts.whole(piece.source)
+            self._queue(layer, scheme, weight, tensors)
+        else:
+            like = form.dequantize(tensors, scheme)
+            part = self._parts.get(piece, like)
+            if part is None:
+                self.faults.append(f"{layer}: {rows} x {inputs} is no part of it")
+            else:
+                self._queue(layer, scheme, part, tensors)
+
+    def finish(self) -> None:
+        """Check what still waits."""
+        for key in list(self._waiting):
+            self._flush(key)
+        if self._asymmetric and not self._off_middle:
+            self.faults.append(
+                f"{self._asymmetric[0]} and {len(self._asymmetric) - 1} others: "
+                "declared asymmetric, but every zero point is the middle level"
+            )
+
+    def _complete(
+        self,
+        layer: str,
+        scheme: Scheme,
+        form: Format,
+        shapes: list[tuple[int, ...]],
+    ) -> tuple[tuple[int, int], Expected] | None:
+        """The layer's shape and its tensors, if all are there in the right form."""
+        faults: list[str] = []
+        for shape in shapes:
+            if len(shape) != 2:
+                faults = [f"{layer}: quantized, but the original is {shape}"]
+                continue
+            if scheme.group_size > 0 and shape[1] % scheme.group_size:
+                faults = [
+                    f"{layer}: group_size {scheme.group_size} does not divide its "
+                    f"{shape[1]} inputs, so loaders refuse it; give this layer another "
+                    "one in layer_config"
+                ]
+                continue
+            expected = form.expected(scheme, shape[0], shape[1])
+            faults = self._wrong(layer, form, expected)
+            if not faults:
+                return (shape[0], shape[1]), expected
+        self.faults += faults
+        return None
+
+    def _wrong(self, layer: str, form: Format, expected: Expected) -> list[str]:
+        faults = []
+        for suffix, (shape, dtypes) in expected.items():
+            name = f"{layer}.{suffix}"
+            if name not in self._export:
+                faults.append(f"{name}: missing")
+                continue
+            header = self._export.header(name)
+            flat = len(shape) == 2 and shape[1] == 1 and header.shape == shape[:1]
+            if header.shape != shape and not (flat or header.shape == () == shape[1:]):
+                faults.append(
+                    f"{name}: shape {header.shape}, but the original's shape and the "
+                    f"config ask for {shape}"
+                )
+            elif header.dtype not in dtypes:
+                faults.append(
+                    f"{name}: dtype {header.dtype}, allowed is "
+                    f"{' or '.join(sorted(dtypes))}"
+                )
+        known = {*expected, *form.optional}
+        faults += [
+            f"{layer}.{suffix}: belongs to no layer of this format"
+            for suffix in sorted(self._layers[layer] - known)
+        ]
+        return faults
+
+    def _sound(
+        self,
+        layer: str,
+        scheme: Scheme,
+        form: Format,
+        tensors: Mapping[str, Tensor],
+        inputs: int,
+    ) -> bool:
+        """Whether scales, zero points and group indices are possible ones."""
+        before = len(self.faults)
+        for suffix in form.scales:
+            if suffix in tensors:
+                self._check_scale(f"{layer}.{suffix}", tensors[suffix])
+        off = form.zero_points(tensors, scheme)
+        if off is not None:
+            off_middle = bool(off.any())
+            if scheme.sym and off_middle:
+                self.faults.append(
+                    f"{layer}: declared symmetric, but it has zero points that are not "
+                    "the middle level"
+                )
+            elif not scheme.sym:
+                self._off_middle |= off_middle
+                self._asymmetric.append(layer)
+        if "weight_shape" in tensors:
+            said = tuple(tensors["weight_shape"].tolist())
+            if said[1:] != (inputs,):
+                self.faults.append(f"{layer}.weight_shape: {said}, of {inputs} inputs")
+        name = f"{layer}.g_idx"
+        if "g_idx" in form.optional and name in self._export:
+            size = scheme.group_size if scheme.group_size > 0 else inputs
+            groups = self._export[name]
+            if not torch.equal(groups.long(), torch.arange(inputs) // size):
+                self.faults.append(f"{name}: not the groups of {size} inputs in order")
+        return len(self.faults) == before
+
+    def _check_scale(self, name: str, tensor: Tensor) -> None:
+        if tensor.dtype == torch.uint8:  # exponents; 255 is NaN
+            if bool((tensor == 255).any()):
+                self.faults.append(f"{name}: has a non-finite scale")
+            return
+        values = tensor.float()
+        if not torch.isfinite(values).all():
+            self.faults.append(f"{name}: has a non-finite scale")
+        elif zeros := int((values == 0).sum()):
+            self.faults.append(f"{name}: {zeros} of {values.numel()} scales are zero")
+
+    def _compare(self, layer: str, exported: Tensor) -> None:
+        """With a tuned layer, bit for bit."""
+        linear = self._tuned.get(layer)
+        if linear is None:
+            self.faults.append(f"{layer}: the tuned reference has no such layer")
+            return
+        self.compared += 1
+        tuned = linear.weight.detach().cpu()
+        if exported.shape != tuned.shape:
+            self.faults.append(
+                f"{layer}: shape {tuple(exported.shape)}, tuned {tuple(tuned.shape)}"
+            )
+        elif not torch.equal(exported.to(tuned.dtype), tuned):
+            error = (exported - tuned.float()).abs().max().item()
+            self.faults.append(
+                f"{layer}: dequantized weight differs from the tuned one by up to "
+                f"{error:.3g}"
+            )
+
+    def _queue(
+        self, layer: str, scheme: Scheme, weight: Tensor, tensors: dict[str, Tensor]
+    ) -> None:
+        rows, inputs = weight.shape
+        key = (scheme, rows, inputs)
+        self._waiting[key].append((layer, weight, tensors))
+        if len(self._waiting[key]) * rows * inputs >= _BATCH:
+            self._flush(key)
+
+    def _flush(self, key: tuple[Scheme, int, int]) -> None:
+        scheme, rows, inputs = key
+        batch = self._waiting.pop(key)
+        form = FORMATS[scheme.layout]
+        weights = _stack([weight for _, weight, _ in batch])
+        tensors = {
+            suffix: _stack([own[suffix] for _, _, own in batch])
+            for suffix in batch[0][2]
+        }
+        chunk = max(32, _BATCH // (inputs * len(batch)) // 32 * 32)
+        sums = []
+        for start in range(0, rows, chunk):
+            stop = min(start + chunk, rows)
+            some = form.rows(tensors, scheme, start, stop)
+            numbers = form.dequantize(some, scheme)
+            groups = scheme.groups(inputs)
+            sums.append(Sums.of(weights[:, start:stop], numbers, groups))
+        errors = judge(
+            Sums.joined(sums), form.step(scheme), one_scale=scheme.group_size == 0
+        )
+        for index, (layer, _, _) in enumerate(batch):
+            if fault := errors.fault(index):
+                self.faults.append(f"{layer}: {fault}")
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
+
+
+def plain_fault(
+    name: str,
+    exported: Tensor,
+    expected: Tensor,
+    declared: torch.dtype | None,
+    *,
+    rounded: bool,
+    beside_quantized: bool,
+) -> str | None:
+    """What is wrong with a tensor in full precision, or None.
+
+    It must be the original's after the cast to its own dtype, and that dtype the
+    original's, the one that the config declares, float32, or, beside a quantized
+    weight, that of its bias.
+
+    Args:
+        name: The export's name of it.
+        exported: The export's tensor.
+        expected: The original's.
+        declared: The dtype of the export's config.
+        rounded: Whether the original's follows from FP8 numbers and their scales.
+        beside_quantized: Whether it belongs to a quantized layer.
+    """
+    if exported.shape != expected.shape:
+        return (
+            f"{name}: shape {tuple(exported.shape)}, the original's is "
+            f"{tuple(expected.shape)}"
+        )
+    if expected.dtype not in REAL:
+        same = exported.dtype == expected.dtype and torch.equal(exported, expected)
+        return None if same else f"{name}: differs from the original's"
+    allowed = {expected.dtype, declared, torch.float32}
+    if beside_quantized:
+        allowed.add(torch.float16)
+    if exported.dtype not in REAL or exported.dtype not in allowed:
+        return (
+            f"{name}: {exported.dtype}, the original's is {expected.dtype} and the "
+            f"config declares {declared}"
+        )
+    if same_numbers(exported, expected):
+        return None
+    difference = (exported.float() - expected.float()).abs()
+    if rounded and bool((difference <= 2**-7 * expected.float().abs()).all()):
+        return None
+    if not exported.isfinite().all():
+        return f"{name}: not finite, other than the original's"
+    return f"{name}: differs from the original's by up to {float(difference.max()):.3g}"
+
+
+def same_numbers(exported: Tensor, expected: Tensor) -> bool:
+    """Whether a tensor is another one in its own dtype; NaN is the same as NaN."""
+    cast = expected.to(exported.dtype)
+    if torch.equal(exported, cast):
+        return True
+    if not bool(expected.isnan().any()):
+        return False
+    return torch.equal(exported.nan_to_num(), cast.nan_to_num()) and torch.equal(
+        exported.isnan(), cast.isnan()
+    )
