@@ -19,7 +19,6 @@ Shapes: T tokens, E experts, K top-k, H hidden width.
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from vsraq.block_stream import Path, open_paths
 from vsraq.error_weights import Weighting, check_weighted_size, error_weights
 from vsraq.metrics import StreamingMean, jaccard
+from vsraq.realignment_record import record_realignment, router_weight
 from vsraq.routers import (
     Router,
     correction_bias,
@@ -340,8 +340,12 @@ def realign_routers(
                 weighting=weighting,
             )
         )
-    if any(report.applied for report in reports):
-        record_realignment(q_model)
+    refitted = [report.router for report in reports if report.applied]
+    if refitted:
+        record_realignment(
+            q_model,
+            dict(router_weight(n, q_model.get_submodule(n)) for n in refitted),
+        )
     return tuple(reports)
 
 
@@ -356,13 +360,3 @@ def _along(
         fp_inputs = fp_path.router_input(router.name, sample)
         target = router_logits(fp_module, fp_inputs, router.num_experts)
         yield inputs.reshape(-1, inputs.shape[-1]), target, None
-
-
-def record_realignment(model: nn.Module) -> None:
-    """Note in the model's config that its routers were re-fitted.
-
-    It travels with the export, where `vsraq.checkpoint.verify` reads it.
-    """
-    config: Any = getattr(model, "config", None)
-    if config is not None:  # a single block has none
-        config.vsraq = {"realign_routers": True}

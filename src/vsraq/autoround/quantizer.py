@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +41,7 @@ from vsraq.autoround.checks import (
 )
 from vsraq.autoround.config import Alignment, VSRAQConfig
 from vsraq.autoround.expert_coverage import RunCoverage
+from vsraq.autoround.exported_routers import after_saving, restore_refitted_routers
 from vsraq.autoround.full_precision import (
     FpRouters,
     FullPrecisionCapture,
@@ -64,7 +66,8 @@ from vsraq.autoround.terms import (
 )
 from vsraq.capture import RouterCapture, router_input
 from vsraq.losses import FpLogits
-from vsraq.realignment import record_realignment, refit_router
+from vsraq.realignment import refit_router
+from vsraq.realignment_record import drop_record, record_realignment, router_weight
 from vsraq.routers import (
     Router,
     correction_bias,
@@ -141,6 +144,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
         self._step_samples: list[int] = []  # of the step, over all micro-batches
         self._aligned_tokens: AlignedTokens | None = None
         self._checked = False
+        # weights by parameter name, on the CPU until the last export
+        self._refitted: dict[str, Tensor] = {}
 
     @property
     def _alignment(self) -> Alignment:
@@ -171,6 +176,13 @@ class VSRAQQuantizer(SignRoundQuantizer):
         # AutoRound 0.16 stores nblocks on the config and never reads it from there.
         if self.config.nblocks != 1:
             orchestrator.nblocks = self.config.nblocks
+        after_saving(orchestrator, self._finish_exports)
+
+    def _finish_exports(self, folders: list[Path]) -> None:
+        """Put right what AutoRound's export has changed."""
+        if self._refitted:
+            for folder in folders:
+                restore_refitted_routers(folder, self.model, self._refitted)
 
     def _settings(self, composer: "AlgorithmComposer | None") -> dict[str, str]:
         """What decides the tuned weights besides AutoRound's own run signature."""
@@ -211,6 +223,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
         self._coverage = RunCoverage(
             self.config.min_tokens_per_expert, self.config.on_unreached
         )
+        self._refitted = {}
         if envs.AR_RESUME_DIR:
             guard_resume(envs.AR_RESUME_DIR, self._settings(composer))
         for group in self._orchestrator.quant_block_list or self._block_groups():
@@ -234,6 +247,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
     def _check_model(self, composer: "AlgorithmComposer | None") -> None:
         """What `prepare_run` refuses or says about the model and its routers."""
         self._checked = True
+        drop_record(self.model)  # of an earlier run of this model
         alignment, model = self._alignment, type(self.model).__name__
         if composer is not None:
             # not those of a vision tower, say
@@ -280,10 +294,6 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 alignment.router_weight,
                 model,
             )
-        if alignment.realign_routers:
-            record_realignment(self.model)
-        elif hasattr(getattr(self.model, "config", None), "vsraq"):
-            del self.model.config.vsraq  # of an earlier run of this model
         logger.info(
             "vsraq: %d routers; router_weight=%s, objective %s; next_router_weight=%s, "
             "objective %s; realign_routers=%s",
@@ -302,6 +312,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
         self._run = None
         if self._aligned_tokens is not None:
             self._aligned_tokens.close()
+        if self._refitted:
+            record_realignment(self.model, self._refitted)
         exports = getattr(self._orchestrator, "formats", None)  # quantize_and_save
         folder = self.compress_context.output_dir if exports else None
         self._coverage.report(len(self._routers), folder)
@@ -705,6 +717,9 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 weighting=self._alignment.realign_weighting,
             )
         logger.info("vsraq: %s", refit)
+        if refit.applied:
+            weight_name, weight = router_weight(name, module)
+            self._refitted[weight_name] = weight.detach().to("cpu", copy=True)
 
     def _get_loss(
         self,
