@@ -2,6 +2,7 @@
 """What a run says of the calibration tokens that its experts got."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -49,6 +50,16 @@ class RunCoverage:
                 'text (nsamples, seqlen, dataset), or pass on_unreached="warn"'
             )
 
+    def counts_of(self, router: str) -> dict[str, Tensor]:
+        """What was counted of one router, by kind, each (E,); see `restore`."""
+        counted = self._counts.tokens.get(router)
+        return {} if counted is None else {"tokens": counted}
+
+    def restore(self, router: str, counts: Mapping[str, Tensor]) -> None:
+        """Take what `counts_of` gave in the run that is resumed."""
+        if "tokens" in counts:
+            self._counts.tokens[router] = counts["tokens"]
+
     def report(self, num_routers: int, folder: str | Path | None) -> None:
         """Log the counts, and write them to an export; once.
 
@@ -63,9 +74,8 @@ class RunCoverage:
             logger.info("vsraq: %s", line)
         if len(counts.tokens) < num_routers:
             logger.info(
-                "vsraq: tokens of %d of %d routers were counted; the others were "
-                "tuned before a resume, are not to be quantized, or choose by an "
-                "unknown rule",
+                "vsraq: tokens of %d of %d routers were counted; the others are "
+                "not to be quantized, or choose by an unknown rule",
                 len(counts.tokens),
                 num_routers,
             )

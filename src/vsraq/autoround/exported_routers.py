@@ -32,11 +32,20 @@ logger = logging.getLogger("autoround.vsraq")
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def after_saving(orchestrator: Any, finish: Callable[[list[Path]], None]) -> None:
-    """Call a function with the folders of every export of this AutoRound run.
+def around_saving(
+    orchestrator: Any,
+    start: Callable[[Path], None],
+    finish: Callable[[list[Path]], None],
+) -> None:
+    """Call functions before and after every export of this AutoRound run.
 
     No seam of AutoRound comes after its last change of an export, so
     `save_quantized` of this one object is wrapped.
+
+    Args:
+        orchestrator: AutoRound's.
+        start: Is called with the folder that the export is to be written to.
+        finish: Is called with the folders that were written, one per format.
     """
     save: Callable[..., Any] = orchestrator.save_quantized
     signature = inspect.signature(save)
@@ -46,6 +55,8 @@ def after_saving(orchestrator: Any, finish: Callable[[list[Path]], None]) -> Non
         given = signature.bind(*args, **kwargs)
         wanted = given.arguments.get("return_folders", False)
         given.arguments["return_folders"] = True
+        if given.arguments.get("output_dir") is not None:
+            start(Path(given.arguments["output_dir"]))
         saved = save(*given.args, **given.kwargs)
         if saved is None:  # nothing was quantized yet
             return None

@@ -8,7 +8,7 @@ Seams of AutoRound 0.16 used here, each pinned by a contract test: `prepare_run`
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from auto_round import envs
 from auto_round.algorithms.quantization.adam_round.adam import AdamRoundQuantizer
 from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
 from auto_round.algorithms.quantization.sign_roundv2.quantizer import (
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 
 from vsraq.autoround.aligned_tokens import AlignedTokens
 from vsraq.autoround.balance import balance_terms
+from vsraq.autoround.block_records import BlockRecord
 from vsraq.autoround.checks import (
     check_next_router,
     check_router,
@@ -40,8 +40,9 @@ from vsraq.autoround.checks import (
     within_reach,
 )
 from vsraq.autoround.config import Alignment, VSRAQConfig
+from vsraq.autoround.disk_errors import explain_disk_errors
 from vsraq.autoround.expert_coverage import RunCoverage
-from vsraq.autoround.exported_routers import after_saving, restore_refitted_routers
+from vsraq.autoround.exported_routers import around_saving, restore_refitted_routers
 from vsraq.autoround.full_precision import (
     FpRouters,
     FullPrecisionCapture,
@@ -54,7 +55,9 @@ from vsraq.autoround.next_router import (
     find_next_router,
     load_without_experts,
 )
-from vsraq.autoround.resume_guard import guard_resume
+from vsraq.autoround.output_folder import set_leftovers_aside
+from vsraq.autoround.resumable import export_folders, open_run
+from vsraq.autoround.resume_guard import ResumableRun
 from vsraq.autoround.routing_pass import selected_experts
 from vsraq.autoround.terms import (
     NEXT_ROUTER,
@@ -146,6 +149,9 @@ class VSRAQQuantizer(SignRoundQuantizer):
         self._checked = False
         # weights by parameter name, on the CPU until the last export
         self._refitted: dict[str, Tensor] = {}
+        self._owns_output = False
+        self._resumable: ResumableRun | None = None
+        self._done = 0  # blocks that a killed run has tuned
 
     @property
     def _alignment(self) -> Alignment:
@@ -176,13 +182,21 @@ class VSRAQQuantizer(SignRoundQuantizer):
         # AutoRound 0.16 stores nblocks on the config and never reads it from there.
         if self.config.nblocks != 1:
             orchestrator.nblocks = self.config.nblocks
-        after_saving(orchestrator, self._finish_exports)
+        explain_disk_errors(orchestrator)
+        around_saving(orchestrator, self._start_export, self._finish_exports)
+
+    def _start_export(self, folder: Path) -> None:
+        """`quantize_and_save` has taken its folders before it tuned."""
+        if not self._owns_output:
+            set_leftovers_aside(folder)
 
     def _finish_exports(self, folders: list[Path]) -> None:
         """Put right what AutoRound's export has changed."""
         if self._refitted:
             for folder in folders:
                 restore_refitted_routers(folder, self.model, self._refitted)
+        if self._resumable is not None:
+            self._resumable.finish()
 
     def _settings(self, composer: "AlgorithmComposer | None") -> dict[str, str]:
         """What decides the tuned weights besides AutoRound's own run signature."""
@@ -224,8 +238,10 @@ class VSRAQQuantizer(SignRoundQuantizer):
             self.config.min_tokens_per_expert, self.config.on_unreached
         )
         self._refitted = {}
-        if envs.AR_RESUME_DIR:
-            guard_resume(envs.AR_RESUME_DIR, self._settings(composer))
+        self._owns_output = bool(export_folders(self._orchestrator))
+        self._resumable, self._done = open_run(
+            self._orchestrator, self._settings(composer)
+        )
         for group in self._orchestrator.quant_block_list or self._block_groups():
             cached = (self._orchestrator.inputs or {}).get(group[0])
             if cached is not None:
@@ -234,6 +250,19 @@ class VSRAQQuantizer(SignRoundQuantizer):
             self._check_model(composer)
         if self._aligned_tokens is not None:
             self._aligned_tokens.select(self._orchestrator, composer)
+        if self._resumable is not None:
+            self._take_up(self._resumable.tuned(self._done))
+
+    def _take_up(self, records: Sequence[BlockRecord]) -> None:
+        """Know what the killed run knew of the blocks that it has tuned."""
+        for record in records:
+            self._refitted |= record.routers
+            for router, counts in record.counts.items():
+                self._coverage.restore(router, counts)
+        blocks = (self._orchestrator.quant_block_list or self._block_groups())[0]
+        for block in blocks[: len(records)]:
+            # Their shards are there; AutoRound would write weights in memory as well.
+            self.model.get_submodule(block).to("meta")
 
     def _block_groups(self) -> list[list[str]]:
         if self._groups is None:  # a walk of the whole model, and every block asks
@@ -399,8 +428,12 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 **kwargs,
             )
 
+        if self._resumable is not None:
+            self._start_block(block_ctx, q_inputs)
         if not self._alignment:
-            return tune()
+            best_params = tune()
+            self._end_block(block_ctx, ())
+            return best_params
         if not self._checked:  # llm-compressor's single blocks are not prepared
             self._check_model(None)
             if self._aligned_tokens is not None:
@@ -436,7 +469,36 @@ class VSRAQQuantizer(SignRoundQuantizer):
             for router in routers:
                 fp_logits = fp_routers.logits[router.name]
                 self._refit(names[router.name], block, router, fp_logits, tensors)
+        self._end_block(block_ctx, names.values())
         return best_params
+
+    def _start_block(self, block_ctx: Any, q_inputs: Any) -> None:
+        """Refuse to tune a block that AutoRound does not resume at, or without inputs.
+
+        AutoRound only warns of a resume folder that it cannot use.
+        """
+        index = block_ctx.block_index
+        lacks_inputs = index > 0 and q_inputs is None and self.enable_quanted_input
+        if index < self._done or lacks_inputs:
+            raise RuntimeError(
+                f"block {block_ctx.block_name}: {self._done} blocks are tuned already, "
+                "and AutoRound does not go on behind them (its warning above says "
+                "why); use an empty AR_RESUME_DIR and an empty output folder"
+            )
+        assert self._resumable is not None
+        self._resumable.start_block(index)
+
+    def _end_block(self, block_ctx: Any, routers: Iterable[str]) -> None:
+        """Keep what a resumed run must know of this block."""
+        if self._resumable is None:
+            return
+        inside = tuple(f"{name}." for name in block_ctx.block_names)
+        record = BlockRecord(
+            {n: w for n, w in self._refitted.items() if n.startswith(inside)},
+            {name: self._coverage.counts_of(name) for name in routers},
+            (),
+        )
+        self._resumable.end_block(block_ctx.block_index, record)
 
     def _tune(
         self,

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a resumed run must know of the blocks that were tuned before it.
+
+AutoRound keeps the tuned weights in the output folder and the next block's inputs in
+its resume folder. Re-fitted routers and the experts' token counts are kept beside
+those, one file per block.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+_FOLDER = "vsraq_blocks"
+_ROUTER, _COUNT = "router", "count"
+
+
+@dataclass(frozen=True)
+class BlockRecord:
+    """What is kept of one tuned block.
+
+    Attributes:
+        routers: Re-fitted weights by their names in the model, (E, H).
+        counts: By router, named counts of tokens, each (E,) of integers.
+        shards: Files of the output folder before the block's own were written.
+    """
+
+    routers: Mapping[str, Tensor]
+    counts: Mapping[str, Mapping[str, Tensor]]
+    shards: Sequence[str]
+
+
+class BlockRecords:
+    """The records of a run, each written whole or not at all.
+
+    Args:
+        resume_dir: AutoRound's resume directory.
+    """
+
+    def __init__(self, resume_dir: str | Path) -> None:
+        self._folder = Path(resume_dir) / _FOLDER
+
+    def _path(self, block: str) -> Path:
+        return self._folder / f"{block}.safetensors"
+
+    def write(self, block: str, record: BlockRecord) -> None:
+        """Keep the record of a block.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        tensors = {f"{_ROUTER}/{name}": w for name, w in record.routers.items()}
+        for router, counts in record.counts.items():
+            tensors |= {f"{_COUNT}/{kind}/{router}": n for kind, n in counts.items()}
+        contiguous = {
+            name: t.detach().cpu().contiguous() for name, t in tensors.items()
+        }
+        content = save(contiguous, {"shards": json.dumps(list(record.shards))})
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._path(block)
+        unfinished = path.with_suffix(".unfinished")
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+
+    def read(self, block: str) -> BlockRecord | None:
+        """The record of a block, or None if it was not tuned to its end."""
+        path = self._path(block)
+        if not path.is_file():
+            return None
+        routers: dict[str, Tensor] = {}
+        counts: dict[str, dict[str, Tensor]] = {}
+        with safe_open(path, "pt") as file:
+            shards = json.loads(file.metadata()["shards"])
+            for key in file.keys():
+                what, _, name = key.partition("/")
+                if what == _ROUTER:
+                    routers[name] = file.get_tensor(key)
+                else:
+                    kind, _, router = name.partition("/")
+                    counts.setdefault(router, {})[kind] = file.get_tensor(key)
+        return BlockRecord(routers, counts, shards)
+
+    def clear(self) -> None:
+        """Remove all records."""
+        for path in self._folder.glob("*"):
+            path.unlink()
+        if self._folder.is_dir():
+            self._folder.rmdir()

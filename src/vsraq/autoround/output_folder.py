@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An export's folder must hold no other weights: loaders would mix or mistake them."""
+
+import logging
+import tempfile
+from pathlib import Path
+
+from vsraq.autoround.disk_errors import DiskError
+
+logger = logging.getLogger("autoround.vsraq")
+
+_EARLIER = "earlier-weights"
+
+_PATTERNS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "pytorch_model*.bin*",
+    "*.gguf",
+)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Files of weights that lie in a folder, and their indices."""
+    return sorted({path for pattern in _PATTERNS for path in folder.glob(pattern)})
+
+
+def refuse_leftovers(folder: Path) -> None:
+    """Refuse a folder that holds weights already.
+
+    Raises:
+        ValueError: Of an earlier export, or of a run that did not end.
+    """
+    found = [path.name for path in weight_files(folder)]
+    if found:
+        named = ", ".join(found[:8]) + (", ..." if len(found) > 8 else "")
+        raise ValueError(
+            f"output folder {str(folder)!r}: it holds weights that are not of this "
+            f"run ({named}); allowed is a folder without weights, so that two exports "
+            "do not mix; use another one, or delete these files"
+        )
+
+
+def check_writable(folder: Path) -> None:
+    """Create the folder, and write into it.
+
+    Raises:
+        DiskError: It cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise DiskError(
+            error.errno,
+            f"output folder {str(folder)!r} cannot be written ({error.strerror}), so "
+            "nothing was tuned; use another one, or make room and allow writing in it",
+        ) from error
+
+
+def set_leftovers_aside(folder: Path) -> None:
+    """Move weights that lie in a folder into one below it.
+
+    For `save_quantized` after `quantize`, which tells the folder when hours of tuning
+    would be lost by a refusal.
+    """
+    found = weight_files(folder)
+    if not found:
+        return
+    aside = folder / _EARLIER
+    aside.mkdir(exist_ok=True)
+    for path in found:
+        path.replace(aside / path.name)
+    logger.warning(
+        "vsraq: output folder %r held weights of an earlier export; they are in %r "
+        "now, so that two exports do not mix: %s",
+        str(folder),
+        str(aside),
+        ", ".join(path.name for path in found),
+    )
