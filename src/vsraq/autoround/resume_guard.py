@@ -154,6 +154,7 @@ class ResumableRun:
             return len(_read(manifest)["completed_blocks"]), stored["run"]
         if stored is not None and stored.get("settings") == self._settings:
             return 0, stored["run"]
+        refuse_leftovers(self._output)  # none can be of a run that starts now
         self._directory.mkdir(parents=True, exist_ok=True)
         self._records.clear()
         run_id = secrets.token_hex(8)
