@@ -10,15 +10,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 from auto_round import AutoRound
-from auto_round.utils.device_manager import get_ar_device
 
 import tiny
 from vsraq.autoround import VSRAQQuantizer
 from vsraq.demo.text import documents
-
-# AutoRound tunes in float32 on a CPU without bfloat16 instructions, and then cannot
-# stream a model; PyTorch computes in bfloat16 there all the same.
-get_ar_device("cpu")._bf16_supported = True
 
 # AutoRound collects garbage a dozen times a run; skip what the imports have left.
 gc.collect()

@@ -254,7 +254,7 @@ def points(writes, wanted, shift):
 
 def main(root, wanted):
     root.mkdir(parents=True, exist_ok=True)
-    get_ar_device("cpu")._bf16_supported = True  # see conftest.py
+    get_ar_device("cpu")._bf16_supported = True  # as tiny.bfloat16 does
     log = root / "log.txt"
     assert child(log, make_source, root) == 0, log.read_text()
     for number, (variant, count) in enumerate(wanted.items()):

@@ -18,6 +18,13 @@ from vsraq.checkpoint import load_model
 from vsraq.realignment import realign_routers
 from vsraq.routers import find_routers
 
+
+@pytest.fixture(scope="module", autouse=True)
+def streamed_in_bfloat16():
+    with tiny.bfloat16():
+        yield
+
+
 # enough tokens for the fit to hold on samples that it has not seen
 RUN = tiny.RUN | {"nsamples": 32, "dataset": tiny.calibration(samples=32)}
 

@@ -24,6 +24,13 @@ from vsraq.autoround.block_records import BlockRecord
 from vsraq.autoround.disk_errors import DiskError
 from vsraq.autoround.resume_guard import ResumableRun
 
+
+@pytest.fixture(scope="module", autouse=True)
+def streamed_in_bfloat16():
+    with tiny.bfloat16():
+        yield
+
+
 pytestmark = pytest.mark.xdist_group("test_resume_guard")
 
 SETTINGS = {"iters": "4", "objective": "vsraq"}
@@ -231,7 +238,7 @@ def test_missing_records_are_refused(files, tmp_path):
 
 KILLED = """
     import os, signal, sys
-    import conftest
+    import conftest, tiny
     from test_resume_guard import run_of
     from vsraq.autoround import VSRAQQuantizer
 
@@ -244,9 +251,10 @@ KILLED = """
 
     VSRAQQuantizer._log = die_in_the_second_block
     root, source = sys.argv[1:]
-    run_of(source, root, router_weight=1.0).quantize_and_save(
-        f"{root}/out", format="auto_round"
-    )
+    with tiny.bfloat16():
+        run_of(source, root, router_weight=1.0).quantize_and_save(
+            f"{root}/out", format="auto_round"
+        )
 """
 
 

@@ -52,13 +52,18 @@ class RunCoverage:
 
     def counts_of(self, router: str) -> dict[str, Tensor]:
         """What was counted of one router, by kind, each (E,); see `restore`."""
-        counted = self._counts.tokens.get(router)
-        return {} if counted is None else {"tokens": counted}
+        if router not in self._counts.tokens:
+            return {}
+        return {
+            "tokens": self._counts.tokens[router],
+            "fp_tokens": self._counts.fp_tokens[router],
+        }
 
     def restore(self, router: str, counts: Mapping[str, Tensor]) -> None:
         """Take what `counts_of` gave in the run that is resumed."""
-        if "tokens" in counts:
+        if counts:
             self._counts.tokens[router] = counts["tokens"]
+            self._counts.fp_tokens[router] = counts["fp_tokens"]
 
     def report(self, num_routers: int, folder: str | Path | None) -> None:
         """Log the counts, and write them to an export; once.
