@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("inputs")
     tiny.save("solar_open", root / "model")
     tiny.save("llama", root / "dense")
-    tiny.save_text(root / "text.jsonl")
+    tiny.save_text(root / "text.jsonl", samples=8)
     recipe = {
         "model": str(root / "model"),
         "scheme": "W4A16",
@@ -76,7 +76,7 @@ def test_check_only_says_what_would_be_done(folder, capsys):
         ("algorithm.data_type=fp", "No quantization function found for dtype=fp"),
         ("calibration.nsamples=9", "8 of 8 texts have calibration.seqlen=32 tokens"),
         ("calibration.seqlen=4096", "0 of 8 texts have calibration.seqlen=4096"),
-        ("calibration.dataset=pile-10", "dataset='pile-10'"),
+        ("calibration.dataset=pille-10k", "did you mean pile-10k?"),
         ("calibration.dataset=no.jsonl", "dataset='no.jsonl': no such file"),
         ("calibration.dataset={root}/recipe.yaml", "AutoRound reads .json and .jsonl"),
         ("calibration.dataset={root}/bad.jsonl", "no JSON in UTF-8"),
