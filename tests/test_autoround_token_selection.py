@@ -158,6 +158,7 @@ def test_equals_whole_models(family, scheme, quantize, selecting, changes):
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "NVFP4"])
+@pytest.mark.usefixtures("bfloat16")
 def test_equals_whole_models_in_bfloat16(scheme, quantize, selecting, changes):
     """But for tokens where bfloat16 rounds an output logit of a chunk differently."""
     selections, options = selecting

@@ -232,6 +232,93 @@ def test_one_scale_off_by_an_eighth(name, exports, tmp_path):
     assert fault.startswith(f"{EXPERT}: dequantized weight differs")
 
 
+def swap_experts(tensors):
+    for name in [n for n in tensors if ".experts.3." in n]:
+        other = name.replace(".experts.3.", ".experts.5.")
+        tensors[name], tensors[other] = tensors[other].clone(), tensors[name].clone()
+
+
+def random_levels(tensors):
+    for name in [n for n in tensors if n.endswith((".qweight", ".weight_packed"))]:
+        info = torch.iinfo(tensors[name].dtype)
+        tensors[name] = torch.randint(
+            info.min, info.max, tensors[name].shape, dtype=tensors[name].dtype
+        )
+
+
+def half_of_the_outputs(tensors):
+    for name in [n for n in tensors if n.startswith(f"{EXPERT}.")]:
+        axis = 0 if name.endswith(("weight_packed", "weight_scale")) else -1
+        if tensors[name].ndim == 2:
+            half = tensors[name].chunk(2, dim=axis)[0]
+            tensors[name] = half.contiguous()
+
+
+def scales_times(factor):
+    def edit(tensors):
+        for name in [n for n in tensors if n.endswith(("scales", "weight_scale"))]:
+            scaled = tensors[name].float() * factor
+            tensors[name] = scaled.to(tensors[name].dtype)
+
+    return edit
+
+
+NORM = f"{LAYER}.input_layernorm.weight"
+# what stands in no quantized layer and no router, and what does not fit the original
+AGAINST_THE_ORIGINAL = {
+    "final norm": (drop("model.norm."), "model.norm.weight"),
+    "output head": (drop("lm_head."), "lm_head.weight"),
+    "embedding": (drop("model.embed_tokens."), "model.embed_tokens.weight"),
+    "layer norm": (drop(NORM), NORM),
+    "NaN in a norm": (replace(NORM, lambda t: t * torch.nan), NORM),
+    "another norm": (replace(NORM, lambda t: t * 1.5), NORM),
+    "a tensor too many": (
+        lambda tensors: tensors.update(surplus=torch.ones(2)),
+        "surplus",
+    ),
+    "two experts swapped": (swap_experts, f"{LAYER}.mlp.experts.3."),
+    "random levels": (random_levels, EXPERT),
+    "scales times 2": (scales_times(2.0), EXPERT),
+    "half of the outputs": (half_of_the_outputs, EXPERT),
+}
+
+
+@every_export
+@pytest.mark.parametrize("fault", AGAINST_THE_ORIGINAL)
+def test_faults_that_the_original_shows(name, fault, exports, tmp_path):
+    """Nobody has the tuned model; the original alone must show them."""
+    edit, where = AGAINST_THE_ORIGINAL[fault]
+    faults = planted(exports, name, tmp_path, edit, on_disk=True)
+    assert any(line.startswith(where) for line in faults), faults[:3]
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+@pytest.mark.parametrize(
+    "change", [{"bits": 2}, {"group_size": 16}, {"sym": False}], ids=str
+)
+def test_a_config_that_lies(name, change, exports, tmp_path):
+    folder, _, source = exports[name]
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    config["quantization_config"] |= change
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError):
+        verify(broken, source)
+
+
+def test_files_count_as_the_index_names_them(exports, tmp_path):
+    folder, _, source = exports["W4A16-auto_round"]
+    stray = shutil.copytree(folder, tmp_path / "stray")
+    save_file({"x": torch.ones(1)}, stray / "model-shard-00002.safetensors")
+    with pytest.raises(CheckpointError, match=r"model-shard-00002\.safetensors"):
+        verify(stray, source)
+    cut = shutil.copytree(folder, tmp_path / "cut")
+    whole = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        verify(cut, source)
+
+
 def test_the_error_shows_the_first_faults_and_counts_the_rest(exports, tmp_path):
     folder, tuned, _ = exports["W4A16-auto_round"]
     broken = shutil.copytree(folder, tmp_path / "broken")

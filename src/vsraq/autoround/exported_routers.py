@@ -52,12 +52,13 @@ def around_saving(
 
     @functools.wraps(save)
     def save_quantized(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs)
-        wanted = given.arguments.get("return_folders", False)
-        given.arguments["return_folders"] = True
-        if given.arguments.get("output_dir") is not None:
-            start(Path(given.arguments["output_dir"]))
-        saved = save(*given.args, **given.kwargs)
+        # by name: models with images have another order, and pass the rest on
+        named = signature.bind(*args, **kwargs).arguments
+        named |= named.pop("kwargs", {})
+        wanted = named.pop("return_folders", False)
+        if named.get("output_dir") is not None:
+            start(Path(named["output_dir"]))
+        saved = save(**named, return_folders=True)
         if saved is None:  # nothing was quantized yet
             return None
         model, folders = saved

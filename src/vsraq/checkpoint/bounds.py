@@ -17,7 +17,7 @@ levels and the largest weight of each group. Clipping lowers the slope and adds 
 rest no more than it lowers the slope. A weight of another layer, or a random one, has
 a slope of about 0, whatever its scales; scales that are 10 % off move the slope by 0.1.
 A layer is judged as a whole, row by row, and group by group, each with the margin that
-its number of weights needs; docs/verify.md has the measured values.
+its number of weights needs.
 
 Shapes: N layers at once, O outputs, I inputs, G groups of inputs.
 """
