@@ -56,7 +56,17 @@ WORKS = "works"
 WITH_IMAGES = " (with images)"  # the larger model around a language model
 # routers that text never reaches are for the user to leave out
 PATTERNS = {f"ernie4_5_vl_moe{WITH_IMAGES}": r"text_moe\.gate"}
+_CONVOLUTIONS = "AutoRound stores three convolutions as one of them"
+_ATTENTION = "AutoRound stores a third of the vision tower's merged attention"
 UNVERIFIED = {
+    "bailing_hybrid": _CONVOLUTIONS,
+    "kimi_linear": _CONVOLUTIONS,
+    f"glm5_next{WITH_IMAGES}": _CONVOLUTIONS,
+    f"kimi_k25{WITH_IMAGES}": _ATTENTION,
+    f"nemotron_h_omni{WITH_IMAGES}": _ATTENTION,
+    f"unlimited_ocr{WITH_IMAGES}": _ATTENTION,
+    f"step3p7{WITH_IMAGES}": f"{_ATTENTION}, and its experts as one of their parts",
+    "longcat_flash": "AutoRound stores its experts under names that no loader knows",
     f"dots3_note{WITH_IMAGES}": "it wants the experts of the vision tower quantized",
     f"ernie4_5_vl_moe{WITH_IMAGES}": "its two gates are stored as one tensor",
     f"minimax_m3_vl{WITH_IMAGES}": "merged layers are stored in parts",

@@ -86,13 +86,17 @@ class OwnNames:
 
     def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
         self._prefixes: dict[str, str] = {}
+        kept: set[str] = set()
         for own, stored in pairs:
-            if own == stored:
-                continue
             a, b = own.split("."), stored.split(".")
+            if own == stored:
+                kept.update(".".join(b[:end]) for end in range(len(b)))
+                continue
             while a and b and a[-1] == b[-1]:
                 del a[-1], b[-1]
             self._prefixes.setdefault(".".join(b), ".".join(a))
+        for prefix in kept:  # a tensor that moved does not take the others along
+            self._prefixes.pop(prefix, None)
 
     def __call__(self, stored: str) -> str:
         """The module's name; the stored one where nothing is renamed."""
