@@ -99,10 +99,14 @@ def random_like(tensor):
     """Other bits of the same dtype."""
     generator = torch.Generator().manual_seed(1)
     if tensor.dtype == torch.int8:
-        return torch.randint(-127, 128, tensor.shape, generator=generator).to(torch.int8)
+        return torch.randint(-127, 128, tensor.shape, generator=generator).to(
+            torch.int8
+        )
     if tensor.dtype.is_floating_point:
         return torch.randn(tensor.shape, generator=generator).to(tensor.dtype)
     octets = torch.empty(tensor.shape, dtype=tensor.dtype).view(torch.uint8)
-    return torch.randint(0, 256, octets.shape, generator=generator).to(
-        torch.uint8
-    ).view(tensor.dtype)
+    return (
+        torch.randint(0, 256, octets.shape, generator=generator)
+        .to(torch.uint8)
+        .view(tensor.dtype)
+    )

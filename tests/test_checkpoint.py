@@ -378,13 +378,23 @@ def test_a_reference_that_cannot_be_one(exports, tmp_path):
         verify(folder, tmp_path / "nowhere")
 
 
-def test_another_packing_than_the_config_says(exports, tmp_path):
+def test_a_packing_other_than_the_declared_one(exports, tmp_path):
     folder, tuned, _ = exports["W4A16-auto_round"]
     other = shutil.copytree(folder, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
     config["quantization_config"]["packing_format"] = "auto_round:auto_awq"
     (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"qweight: shape .* config ask for"):
+    with pytest.raises(CheckpointError, match=r"qweight: shape .* ask for"):
+        verify(other, tuned)
+
+
+def test_a_format_that_cannot_be_read(exports, tmp_path):
+    folder, tuned, _ = exports["W4A16-auto_round"]
+    other = shutil.copytree(folder, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["quantization_config"]["data_type"] = "mx_int"
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"data_type='mx_int'.*allowed are exports"):
         verify(other, tuned)
 
 

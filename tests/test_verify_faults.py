@@ -139,7 +139,9 @@ def test_a_planted_fault_is_named(name, fault, made, tmp_path):
 
 
 # exponents know no tenth, and 2 bits shrink weights by about as much
-@pytest.mark.parametrize("name", [n for n in exports.NAMES if n[:2] not in ("W2", "MX")])
+@pytest.mark.parametrize(
+    "name", [n for n in exports.NAMES if n[:2] not in ("W2", "MX")]
+)
 def test_scales_a_tenth_too_large(name, made, tmp_path):
     """What tells them apart is the slope."""
     folder, _, source = made[name]
