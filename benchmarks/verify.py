@@ -157,12 +157,12 @@ class PeakMemory:
 
 
 def read_all(*folders):
-    """Every tensor once; the sum makes sure that its pages are there."""
+    """Every tensor once; the copy makes sure that it was read."""
     for folder in folders:
         for file in sorted(folder.glob("*.safetensors")):
             with safe_open(file, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118
-                    handle.get_tensor(name).view(torch.uint8).sum()
+                for name in handle.keys():
+                    handle.get_tensor(name).clone()
 
 
 def timed(work):

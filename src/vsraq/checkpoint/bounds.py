@@ -58,6 +58,16 @@ class Errors:
     groups: Tensor
     finite: Tensor
 
+    def suspects(self) -> list[int]:
+        """The layers that have a fault, all found at once."""
+        low, high = SLOPE
+        good = self.finite & (self.slope >= low) & (self.slope <= high)
+        good &= (self.rest <= REST) & (self.groups <= GROUP_CLIP)
+        low, high = ROW_SLOPE
+        rows = (self.row_slopes >= low) & (self.row_slopes <= high)
+        good &= (rows & (self.row_rests <= ROW_REST)).all(-1)
+        return [int(index) for index in (~good).nonzero().flatten()]
+
     def fault(self, index: int) -> str | None:
         """What is wrong with a layer, or None."""
         if not self.finite[index]:
@@ -71,7 +81,7 @@ class Errors:
             )
         slopes, rests = self.row_slopes[index], self.row_rests[index]
         low, high = ROW_SLOPE
-        bad = (slopes < low) | (slopes > high) | (rests > ROW_REST)
+        bad = ~((slopes >= low) & (slopes <= high) & (rests <= ROW_REST))
         if bad.any():
             row = int(bad.nonzero()[0])
             return (
@@ -118,10 +128,11 @@ class Sums:
         w = weight.float().unflatten(-1, (groups, -1))
         e = dequantized.unflatten(-1, (groups, -1)) - w
         return cls(
-            ww=torch.linalg.vecdot(w, w),
-            ee=torch.linalg.vecdot(e, e),
-            we=torch.linalg.vecdot(w, e),
-            largest=torch.linalg.vector_norm(w, torch.inf, -1),
+            # torch's own vecdot and vector_norm are slow along short dimensions
+            ww=(w * w).sum(-1),
+            ee=(e * e).sum(-1),
+            we=(w * e).sum(-1),
+            largest=w.abs().amax(-1),
             size=w.shape[-1],
         )
 

@@ -245,9 +245,8 @@ class QuantizedLayers:
         errors = judge(
             Sums.joined(sums), form.step(scheme), one_scale=scheme.group_size == 0
         )
-        for index, (layer, _, _) in enumerate(batch):
-            if fault := errors.fault(index):
-                self.faults.append(f"{layer}: {fault}")
+        for index in errors.suspects():
+            self.faults.append(f"{batch[index][0]}: {errors.fault(index)}")
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
