@@ -109,9 +109,9 @@ def test_a_missing_or_broken_token_mask(folder, capsys):
 
 
 def test_no_room_for_the_export(folder, tmp_path, capsys, monkeypatch):
-    """A model of 10**15 weights, of which only the config is there."""
+    """A model of 10**16 weights, of which only the config is there."""
     config = json.loads((folder / "model" / "config.json").read_text())
-    config |= {"hidden_size": 2**20, "moe_intermediate_size": 2**25}
+    config |= {"moe_intermediate_size": 2**42}
     (tmp_path / "config.json").write_text(json.dumps(config))
     line = refused(capsys, check_only(folder, f"model={tmp_path}"))
     assert "GB free at" in line
@@ -180,7 +180,13 @@ def test_an_interrupt_is_status_130(tmp_path):
     pipe = tmp_path / "recipe.yaml"
     os.mkfifo(pipe)
     command = [sys.executable, "-m", "vsraq.cli", "quantize", str(pipe)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell's background job ignores interrupts, and its children would too
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     with Path(pipe).open("w"):
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
