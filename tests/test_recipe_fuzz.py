@@ -36,6 +36,7 @@ VALUES = [
     *("'\"", '"\\0"', '"\\ud800"', "é", "a: b", "<<", "=", "- 1", "| ", "sra", "vsraq"),
     *("{layers.0: W8A16}", "{a: {bits: 8}}", "{a: {bits: x}}", "{1: 2}", "cpu", "0,1"),
 ]
+KINDS = ["value", "key", "double", "cut", "indent", "drop"]
 WHOLE = {"iters", "nblocks", "gradient_accumulate_steps", "lookahead", "top_m"}
 REAL = {"lr", "minmax_lr", "momentum", "tau", "auto_ratio", "realign_ridge", "alpha"}
 
@@ -108,7 +109,7 @@ def check_accepted(recipe):
     assert again.algorithm_config().bits == recipe.algorithm_config().bits
 
 
-def check_refused(error, overrides):
+def check_refused(error):
     message = str(error)
     assert message
     assert "\n" not in message
@@ -136,7 +137,7 @@ def test_mutated_recipes(tmp_path, full):
             recipe = load_recipe(path, overrides)
         except (ValueError, FileNotFoundError) as error:
             seen["refused"] += 1
-            check_refused(error, overrides)
+            check_refused(error)
         else:
             seen["accepted"] += 1
             check_accepted(recipe)
@@ -148,7 +149,7 @@ def test_mutated_recipes(tmp_path, full):
 
 BAD = {
     bool: ["no", "yes", "1", "0", "'true'", "[]", "1.0"],
-    int: ["true", "x", "1.5", "-5", "'3'", "[3]", "{}", ".inf", "1:30", "9" * 30],
+    int: ["true", "x", "1.5", "-5", "'3'", "[3]", "{}", ".inf", "1:30"],
     float: ["true", "fast", "-1", ".nan", ".inf", "'0.9'", "[]", "{}", "1:30"],
     str: ["1", "1.5", "true", "[]", "{a: 1}", "''"],
 }
@@ -189,8 +190,9 @@ def test_values_of_another_type_are_never_accepted(kind, tmp_path):
             try:
                 load_recipe(path, overrides)
             except ValueError as error:
-                check_refused(error, overrides)
-                assert key.rpartition(".")[2] in str(error)
+                check_refused(error)
+                if key.rpartition(".")[2] not in str(error):
+                    accepted.append(f"{key}={value}: {error}")
             else:
                 accepted.append(f"{key}={value}")
     assert not accepted
@@ -198,6 +200,7 @@ def test_values_of_another_type_are_never_accepted(kind, tmp_path):
 
 def test_mutated_command_lines(tmp_path, capsys, full):
     path = tmp_path / "recipe.yaml"
+    statuses = set()
 
     @settings(
         max_examples=400 if full else 40,
@@ -214,9 +217,9 @@ def test_mutated_command_lines(tmp_path, capsys, full):
         overrides = [o for o in overrides if not o.startswith("-")]
         status = main([command, "--check-only", str(path), *here, *overrides])
         captured = capsys.readouterr()
-        assert status in (0, 1)
+        statuses.add(status)
         assert "Traceback" not in captured.err
-        assert "unexpected" not in captured.err
+        assert "error: unexpected" not in captured.err
         if status:
             assert captured.err.startswith("vsraq: error: ")
             assert captured.err.count("\n") == 1
@@ -224,4 +227,5 @@ def test_mutated_command_lines(tmp_path, capsys, full):
             assert captured.out.startswith("checked: ")
 
     run()
+    assert statuses == {0, 1}
     assert not (tmp_path / "out").exists()

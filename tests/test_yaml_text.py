@@ -43,7 +43,7 @@ def test_yaml_1_2(text, value):
     ("text", "message"),
     [
         ("a: 1\nb: 2\na: 3\n", r'^not YAML: line 3: found duplicate key "a"'),
-        ("a: &x 1\nb: *x\n", r"^not YAML: line 2: \*x: an alias"),
+        ("a: &x 1\nb: *x\n", r"^not YAML: line 1: &x: an alias"),
         ("a: {b: 1}\n<<: *c\n", r"^not YAML: line 2: \*c: an alias"),
         ("a: 1\n---\nb: 2\n", r"^not YAML: line 2: .*another document"),
         ("%YAML 1.1\n---\na: yes\n", r"^not YAML: line 2: a directive"),

@@ -94,8 +94,11 @@ def _refuse_events(text: str) -> None:
         depth -= isinstance(event, CollectionEndEvent)
         if depth > _DEEPEST:
             raise ValueError(f"{line}: nested deeper than {_DEEPEST} levels")
-        if isinstance(event, AliasEvent):
-            raise ValueError(f"{line}: *{event.anchor}: an alias; write the value out")
+        if getattr(event, "anchor", None) is not None:
+            sign = "*" if isinstance(event, AliasEvent) else "&"
+            raise ValueError(
+                f"{line}: {sign}{event.anchor}: an alias; write the value out"
+            )
         if isinstance(event, DocumentStartEvent) and (event.version or event.tags):
             raise ValueError(f"{line}: a directive (%...); a recipe is YAML 1.2")
         if getattr(event, "tag", None) is not None:
