@@ -247,3 +247,11 @@ class LogLines(logging.Handler):
 
     def __exit__(self, *_):
         logging.getLogger("autoround.vsraq").removeHandler(self)
+
+
+def refit_samples(count=16, tokens=48):
+    """What `refit_router` takes: router inputs, other logits, no mask."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(count, tokens, 64, generator=generator)
+    z = x @ torch.randn(64, EXPERTS, generator=generator)
+    return [(inputs, logits, None) for inputs, logits in zip(x, z, strict=True)]

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vsraq.processes import sum_over_processes
+
 FILE_NAME = "expert_coverage.json"
 
 
@@ -47,7 +49,7 @@ class ExpertCoverage:
         fp_selected: Tensor,
         mask: Tensor | None = None,
     ) -> None:
-        """Count some tokens.
+        """Count some tokens, those of every process that tunes the model.
 
         Args:
             router: The router's name.
@@ -63,7 +65,8 @@ class ExpertCoverage:
             if mask is not None:
                 selected = selected[mask.to(selected.device).bool()]
             found = torch.bincount(selected.flatten().long(), minlength=num_experts)
-            counts[router] = counts.get(router, 0) + found[:num_experts].cpu()
+            found = sum_over_processes(found[:num_experts])
+            counts[router] = counts.get(router, 0) + found.cpu()
 
     def starved(self, router: str) -> list[int]:
         """Experts with fewer than `min_tokens` tokens."""

@@ -27,6 +27,7 @@ from vsraq.block_stream import Path, open_paths
 from vsraq.error_weights import Weighting, check_weighted_size, error_weights
 from vsraq.metrics import StreamingMean, jaccard
 from vsraq.realignment_record import record_realignment, router_weight
+from vsraq.processes import from_first_process, process_count, sum_over_processes
 from vsraq.routers import (
     Router,
     correction_bias,
@@ -92,6 +93,12 @@ class RidgeSums:
         for expert, own in enumerate(w.T):  # E at once would be T x E x H
             self.gram[expert] += ((x * own[:, None]).T @ x).to(device)
         self.moment += ((r * w).T @ x).to(device)
+
+    def sum_over_processes(self) -> None:
+        """Add what other processes have seen; all of them have the same sums then."""
+        if process_count() > 1:
+            for own in (*self.gram, self.moment):  # one H x H at a time
+                own.copy_(sum_over_processes(own))
 
     def solve(self, ridge: float = DEFAULT_RIDGE) -> Tensor:
         """The correction dW.
@@ -171,6 +178,13 @@ class _Heldout:
     error: StreamingMean = field(default_factory=StreamingMean)
     overlap: StreamingMean = field(default_factory=StreamingMean)
 
+    def sum_over_processes(self) -> None:
+        """Add the samples of other processes."""
+        for mean in (self.error, self.overlap):
+            own = torch.tensor([mean.total, mean.count], dtype=torch.float64)
+            total, count = sum_over_processes(own).tolist()
+            mean.total, mean.count = total, int(count)
+
 
 @torch.no_grad()
 def refit_router(
@@ -185,7 +199,9 @@ def refit_router(
     """Re-fit one router, if samples that take no part in the fit confirm it.
 
     One sample in eight is held out. The new weight is rounded to the router's dtype
-    before it is judged, and it is kept only if the held-out error falls.
+    before it is judged, and it is kept only if the held-out error falls. The processes
+    of a torch.distributed group re-fit together, each on its own samples: all of them
+    have to call this, and all get the same weight.
 
     Args:
         router: Its description; the report names it by that.
@@ -239,7 +255,9 @@ def refit_router(
         else:
             residual = target - logits_of(inputs)
             sums.update(inputs, residual, weights_of(target))
-    if count < 2:
+    sums.sum_over_processes()
+    counts = torch.tensor([count - len(heldout), len(heldout)])
+    if not sum_over_processes(counts).all():
         raise ValueError(
             f"samples={count} with tokens that count, for router {router.name}: "
             "allowed are 2 or more, one of which decides whether the new weight is "
@@ -259,13 +277,14 @@ def refit_router(
                     select_experts(router, x, bias) for x in (logits, target)
                 )
                 result.overlap.update(jaccard(chosen, wanted))
+        result.sum_over_processes()
         return result
 
     chosen_rows = weight[: router.num_experts]
     old = chosen_rows.clone()
     before = judge()
     try:
-        correction = sums.solve(ridge)
+        correction = from_first_process(sums.solve(ridge))
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise RuntimeError(
             f"router {router.name}: its inputs are not finite, or its re-fit is "

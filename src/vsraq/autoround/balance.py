@@ -8,10 +8,12 @@ loss's gradient is beside the other's, not how large the losses are.
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+import torch
 from auto_round.wrapper import WrapperLinear
 from torch import Tensor, nn
 
 from vsraq.autoround.terms import RouterTerm
+from vsraq.processes import process_count, sum_over_processes
 
 
 def balance_terms(
@@ -25,7 +27,8 @@ def balance_terms(
 
     An automatic weight is auto_ratio * |g_reconstruction| / |g_router|, each the sum
     of the gradient's magnitudes over the tuned parameters that the router loss
-    reaches; 0 if it reaches none.
+    reaches; 0 if it reaches none. Several processes add up those sums, and what one of
+    them reaches is reached.
 
     Args:
         block: The block, its layers wrapped by AutoRound.
@@ -46,10 +49,12 @@ def balance_terms(
         [p for p in vars(m)["params"].values() if p.requires_grad] for m in wrapped
     ]
     parameters = [parameter for layer in layers for parameter in layer]
-    other = _magnitudes(reconstruction, parameters, keep_graph=True)
+    other = _of_all_processes(_magnitudes(reconstruction, parameters, keep_graph=True))
     for index, (term, loss) in enumerate(zip(terms, losses, strict=True), start=1):
         # the last frees the activations on its way, as a step of the tuning does
-        own = _magnitudes(loss, parameters, keep_graph=index < len(terms))
+        own = _of_all_processes(
+            _magnitudes(loss, parameters, keep_graph=index < len(terms))
+        )
         position = 0
         for layer, linear in zip(layers, is_linear, strict=True):
             magnitudes = own[position : position + len(layer)]
@@ -87,3 +92,12 @@ def _magnitudes(
         loss.backward(retain_graph=keep_graph, inputs=list(parameters))
     # only now, because every one of them waits for its device
     return [s.item() if (s := sums.get(p)) is not None else None for p in parameters]
+
+
+def _of_all_processes(magnitudes: list[float | None]) -> list[float | None]:
+    """Sums over the processes; None only where no process has a path."""
+    if process_count() == 1 or not magnitudes:
+        return magnitudes
+    pairs = [[m or 0.0, float(m is not None)] for m in magnitudes]
+    sums = sum_over_processes(torch.tensor(pairs, dtype=torch.float64))
+    return [total if paths else None for total, paths in sums.tolist()]

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from auto_round.algorithms.block_runner import _BLOCK_OUTPUT_REGISTRY
 from auto_round.utils import check_to_quantized, get_block_names
 from safetensors import safe_open
@@ -176,8 +175,7 @@ def check_run(alignment: Alignment, calibration: Any) -> None:
 
     Raises:
         ValueError: There are too few samples to re-fit a router.
-        NotImplementedError: Hidden states are not (batch, sequence, hidden), or each
-            of several processes would find weights or routers of its own.
+        NotImplementedError: Hidden states are not (batch, sequence, hidden).
     """
     if calibration.batch_dim not in (0, None):  # not set for single blocks
         raise NotImplementedError(
@@ -189,14 +187,6 @@ def check_run(alignment: Alignment, calibration: Any) -> None:
             f"nsamples={calibration.nsamples}: re-fitting routers needs 2 samples or "
             "more, one of which decides; calibrate on more, or pass "
             "realign_routers=False"
-        )
-    weights = (alignment.router_weight, alignment.next_router_weight)
-    processes = dist.get_world_size() if dist.is_initialized() else 1
-    if processes > 1 and ("auto" in weights or alignment.realign_routers):
-        raise NotImplementedError(
-            f"world_size={processes}: every process would balance its own weights and "
-            "re-fit its own routers; allowed are weights given as numbers and "
-            "realign_routers=False, or one process"
         )
 
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from auto_round.algorithms.quantization.adam_round.adam import AdamRoundQuantizer
-from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
 from auto_round.algorithms.quantization.sign_roundv2.quantizer import (
     SignRoundV2Quantizer,
 )
@@ -59,6 +58,7 @@ from vsraq.autoround.output_folder import set_leftovers_aside
 from vsraq.autoround.resumable import export_folders, open_run
 from vsraq.autoround.resume_guard import ResumableRun
 from vsraq.autoround.routing_pass import selected_experts
+from vsraq.autoround.several_processes import SeveralProcesses, check_processes
 from vsraq.autoround.terms import (
     NEXT_ROUTER,
     OWN_ROUTER,
@@ -69,6 +69,7 @@ from vsraq.autoround.terms import (
 )
 from vsraq.capture import RouterCapture, router_input
 from vsraq.losses import FpLogits
+from vsraq.processes import mean_over_processes, with_common_value
 from vsraq.realignment import refit_router
 from vsraq.realignment_record import drop_record, record_realignment, router_weight
 from vsraq.routers import (
@@ -117,7 +118,7 @@ def _without_checkpointing(block: nn.Module) -> Iterator[None]:
 
 
 @register_pipeline_member(VSRAQConfig)
-class VSRAQQuantizer(SignRoundQuantizer):
+class VSRAQQuantizer(SeveralProcesses):
     """SignRound with the router term; its variants follow the config's switches."""
 
     config: VSRAQConfig
@@ -228,7 +229,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
                 streamed in the device's precision, or `AR_RESUME_DIR` holds an
                 unfinished run with other settings.
             NotImplementedError: Its hidden states are not (batch, sequence, hidden),
-                its blocks cannot be run ahead, or several processes tune together.
+                its blocks cannot be run ahead, or several processes tune together
+                behind an algorithm whose parameters each would find for itself.
         """
         if self._aligned_tokens is not None:
             self._aligned_tokens.end_calibration()
@@ -239,9 +241,9 @@ class VSRAQQuantizer(SignRoundQuantizer):
         )
         self._refitted = {}
         self._owns_output = bool(export_folders(self._orchestrator))
-        self._resumable, self._done = open_run(
-            self._orchestrator, self._settings(composer)
-        )
+        settings = self._settings(composer)
+        check_processes(settings, self._sample_count(), self._export_dir(), composer)
+        self._resumable, self._done = open_run(self._orchestrator, settings)
         for group in self._orchestrator.quant_block_list or self._block_groups():
             cached = (self._orchestrator.inputs or {}).get(group[0])
             if cached is not None:
@@ -343,9 +345,17 @@ class VSRAQQuantizer(SignRoundQuantizer):
             self._aligned_tokens.close()
         if self._refitted:
             record_realignment(self.model, self._refitted)
+        self._coverage.report(len(self._routers), self._export_dir())
+
+    def _export_dir(self) -> Any:
         exports = getattr(self._orchestrator, "formats", None)  # quantize_and_save
-        folder = self.compress_context.output_dir if exports else None
-        self._coverage.report(len(self._routers), folder)
+        return self.compress_context.output_dir if exports else None
+
+    def _sample_count(self) -> int:
+        """Calibration samples that AutoRound has collected, those of this process."""
+        cached: dict[str, Any] = self._orchestrator.inputs or {}
+        first = next(iter(cached.values()), {})
+        return len(first.get("hidden_states", ()))
 
     # ── Full-precision side ──────────────────────────────────────────────────
 
@@ -807,7 +817,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
         )
         run = self._run
         if run is None:
-            return reconstruction
+            return with_common_value(reconstruction)
         samples = [int(i) for i in indices]
         valid = self._mask(valid_token_mask, samples)
         # With gradient accumulation AutoRound sums the error over all elements instead
@@ -831,6 +841,7 @@ class VSRAQQuantizer(SignRoundQuantizer):
             if term.reaches_something:
                 total = total + term.weight * scale * share * loss  # type: ignore[operator]
         current.add("reconstruction", reconstruction / scale)
+        total = with_common_value(total)
         if not torch.isfinite(total):
             raise RuntimeError(
                 f"block {run.name}, iteration {run.iteration}: loss is "
@@ -841,7 +852,8 @@ class VSRAQQuantizer(SignRoundQuantizer):
             )
         current.total += total.detach()
         # Without a mask AutoRound divides by a constant, which selects the same best.
-        current.valid_tokens += 0.0 if valid is None else valid.sum()
+        if valid is not None:
+            current.valid_tokens += mean_over_processes(valid.sum())
         current.batches += 1
         return total
 

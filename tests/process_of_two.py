@@ -1,0 +1,150 @@
+"""One of two processes that tune together; run by test_several_processes.py.
+
+    python process_of_two.py FOLDER RANK
+
+AutoRound gives DDP the device ids ["cpu"], which torch refuses: it takes None there. So
+here DDP gets None, and nothing else is changed. AutoRound's other way, for several
+devices in one process, runs on the CPU as it is.
+"""
+
+import contextlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["AR_WORK_SPACE"] = tempfile.mkdtemp(prefix="vsraq-tests-")
+
+import torch
+import torch.distributed as dist
+import torch.nn.parallel as parallel
+from auto_round import AutoRound
+from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.utils.device_manager import device_manager
+
+import tiny
+from vsraq import VSRAQConfig
+from vsraq.routers import find_routers
+from vsraq.realignment import refit_router
+
+# the second does not exist, and nothing is put there
+SEVERAL_DEVICES = {"device_map": "cpu,other"}
+
+
+class CpuDDP(parallel.DistributedDataParallel):
+    def __init__(self, module, device_ids=None, **kwargs):
+        super().__init__(module, **kwargs)
+
+
+def own_samples(rank, **kwargs):
+    return tiny.calibration(samples=16, **kwargs)[rank::2]
+
+
+def autoround(model, config, dataset, scheme="W4A16", **kwargs):
+    arguments = tiny.RUN | {"tokenizer": tiny.tiny_tokenizer()} | kwargs
+    return AutoRound(
+        model, scheme=scheme, alg_configs=config, dataset=dataset, **arguments
+    )
+
+
+def tune(model, *args, **kwargs):
+    """Tuned weights and activation scales, and what the log says."""
+    with tiny.LogLines() as lines:
+        quantized, _ = autoround(model, *args, **kwargs).quantize()
+    tensors = dict(quantized.state_dict())
+    for name, module in quantized.named_modules():
+        layer = getattr(module, "orig_layer", module)
+        if isinstance(getattr(layer, "act_max", None), torch.Tensor):
+            tensors[f"{name}.act_max"] = layer.act_max
+    return {"tensors": tensors, "log": lines}
+
+
+def message_of(run):
+    try:
+        run()
+    except (ValueError, NotImplementedError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "ran"
+
+
+def export(rank, folder):
+    """The default recipe, exported by each process into a folder of its own."""
+    run = autoround(
+        tiny.in_bfloat16(tiny.tiny_model("solar_open")),
+        VSRAQConfig(iters=8),
+        own_samples(rank),
+    )
+    with tiny.LogLines() as lines:
+        run.quantize_and_save(str(folder / f"rank{rank}"), format="auto_round")
+    return lines
+
+
+def uneven(rank):
+    """Samples of one token, so that some experts get none in one process."""
+    return tune(
+        tiny.tiny_model("solar_open", n_routed_experts=32),
+        VSRAQConfig(iters=3),
+        own_samples(rank, seqlen=2),
+        seqlen=2,
+        **SEVERAL_DEVICES,
+    )
+
+
+def refit(rank):
+    """One router, re-fitted on half of the samples by each process."""
+    model = tiny.tiny_model("solar_open")
+    router = find_routers(model)[0]
+    module = model.get_submodule(router.name)
+    report = refit_router(router, module, tiny.refit_samples()[rank::2])
+    return {"weight": module.weight.detach(), "report": report}
+
+
+def refusals(rank, folder):
+    model = tiny.tiny_model("solar_open")
+    own = own_samples(rank)
+
+    def run(config, samples, *args, **kwargs):
+        config = config if config is not None else VSRAQConfig(iters=1)
+        return message_of(lambda: autoround(model, config, samples, **kwargs).quantize())
+
+    same_folder = autoround(model, VSRAQConfig(iters=1), own)
+    return {
+        "settings": run(VSRAQConfig(iters=1 + rank), own),
+        "samples": run(None, own[: 8 - rank]),
+        "folder": message_of(
+            lambda: same_folder.quantize_and_save(str(folder / "same"), "auto_round")
+        ),
+        "awq": run(["awq", VSRAQConfig(iters=1)], own),
+    }
+
+
+def main(folder, rank):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2
+    )
+    parallel.DistributedDataParallel = CpuDDP
+    steps = {
+        "plain": lambda: tune(
+            tiny.tiny_model("solar_open"), SignRoundConfig(iters=8), own_samples(rank)
+        ),
+        "export": lambda: export(rank, folder),
+        "uneven": lambda: uneven(rank),
+        "nvfp4": lambda: tune(
+            tiny.tiny_model("solar_open"),
+            VSRAQConfig(iters=2),
+            own_samples(rank),
+            scheme="NVFP4",
+        ),
+        "refit": lambda: refit(rank),
+        "refusals": lambda: refusals(rank, folder),
+    }
+    import time
+    for name, step in steps.items():
+        start = time.time()
+        torch.save(step(), folder / f"{name}{rank}.pt")
+        print("TIME", name, time.time() - start, flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
