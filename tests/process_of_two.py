@@ -24,11 +24,12 @@ from auto_round.utils.device_manager import device_manager
 
 import tiny
 from vsraq import VSRAQConfig
-from vsraq.routers import find_routers
 from vsraq.realignment import refit_router
+from vsraq.routers import correction_bias, find_routers
 
 # the second does not exist, and nothing is put there
 SEVERAL_DEVICES = {"device_map": "cpu,other"}
+ITERS = 8
 
 
 class CpuDDP(parallel.DistributedDataParallel):
@@ -67,23 +68,32 @@ def message_of(run):
     return "ran"
 
 
+def recipe(samples, seed=42):
+    """The default recipe; the run, and how far held-out logits are from the model's."""
+    model = tiny.in_bfloat16(tiny.tiny_model("solar_open"))
+    held_out = torch.cat(tiny.calibration(samples=32, seed=1))
+    with torch.no_grad():
+        expected = model(input_ids=held_out).logits.float().log_softmax(-1)
+        run = autoround(model, VSRAQConfig(iters=ITERS), samples, seed=seed)
+        quantized, _ = run.quantize()
+        found = quantized(input_ids=held_out).logits.float().log_softmax(-1)
+    divergence = (expected.exp() * (expected - found)).sum(-1).mean()
+    return run, divergence.item()
+
+
 def export(rank, folder):
     """The default recipe, exported by each process into a folder of its own."""
-    run = autoround(
-        tiny.in_bfloat16(tiny.tiny_model("solar_open")),
-        VSRAQConfig(iters=8),
-        own_samples(rank),
-    )
     with tiny.LogLines() as lines:
-        run.quantize_and_save(str(folder / f"rank{rank}"), format="auto_round")
-    return lines
+        run, divergence = recipe(own_samples(rank))
+    run.save_quantized(str(folder / f"rank{rank}"), format="auto_round")
+    return {"log": lines, "divergence": divergence}
 
 
 def uneven(rank):
     """Samples of one token, so that some experts get none in one process."""
     return tune(
         tiny.tiny_model("solar_open", n_routed_experts=32),
-        VSRAQConfig(iters=3),
+        VSRAQConfig(iters=3, not_use_best_mse=True),
         own_samples(rank, seqlen=2),
         seqlen=2,
         **SEVERAL_DEVICES,
@@ -95,7 +105,12 @@ def refit(rank):
     model = tiny.tiny_model("solar_open")
     router = find_routers(model)[0]
     module = model.get_submodule(router.name)
-    report = refit_router(router, module, tiny.refit_samples()[rank::2])
+    report = refit_router(
+        router,
+        module,
+        tiny.refit_samples()[rank::2],
+        bias=correction_bias(model, router),
+    )
     return {"weight": module.weight.detach(), "report": report}
 
 
@@ -105,7 +120,9 @@ def refusals(rank, folder):
 
     def run(config, samples, *args, **kwargs):
         config = config if config is not None else VSRAQConfig(iters=1)
-        return message_of(lambda: autoround(model, config, samples, **kwargs).quantize())
+        return message_of(
+            lambda: autoround(model, config, samples, **kwargs).quantize()
+        )
 
     same_folder = autoround(model, VSRAQConfig(iters=1), own)
     return {
@@ -125,7 +142,9 @@ def main(folder, rank):
     parallel.DistributedDataParallel = CpuDDP
     steps = {
         "plain": lambda: tune(
-            tiny.tiny_model("solar_open"), SignRoundConfig(iters=8), own_samples(rank)
+            tiny.tiny_model("solar_open"),
+            SignRoundConfig(iters=ITERS),
+            own_samples(rank),
         ),
         "export": lambda: export(rank, folder),
         "uneven": lambda: uneven(rank),
@@ -139,6 +158,7 @@ def main(folder, rank):
         "refusals": lambda: refusals(rank, folder),
     }
     import time
+
     for name, step in steps.items():
         start = time.time()
         torch.save(step(), folder / f"{name}{rank}.pt")

@@ -338,7 +338,6 @@ class VSRAQQuantizer(SeveralProcesses):
 
     def finalize_run(self) -> None:
         """Drop what a run left behind; safe to call twice."""
-        super().finalize_run()
         self._drop_fp_capture()
         self._run = None
         if self._aligned_tokens is not None:
@@ -346,6 +345,7 @@ class VSRAQQuantizer(SeveralProcesses):
         if self._refitted:
             record_realignment(self.model, self._refitted)
         self._coverage.report(len(self._routers), self._export_dir())
+        super().finalize_run()
 
     def _export_dir(self) -> Any:
         exports = getattr(self._orchestrator, "formats", None)  # quantize_and_save
@@ -354,7 +354,7 @@ class VSRAQQuantizer(SeveralProcesses):
     def _sample_count(self) -> int:
         """Calibration samples that AutoRound has collected, those of this process."""
         cached: dict[str, Any] = self._orchestrator.inputs or {}
-        first = next(iter(cached.values()), {})
+        first: dict[str, Any] = next(iter(cached.values()), {})
         return len(first.get("hidden_states", ()))
 
     # ── Full-precision side ──────────────────────────────────────────────────
