@@ -7,7 +7,6 @@ here DDP gets None, and nothing else is changed. AutoRound's other way, for seve
 devices in one process, runs on the CPU as it is.
 """
 
-import contextlib
 import os
 import sys
 import tempfile
@@ -20,7 +19,6 @@ import torch.distributed as dist
 import torch.nn.parallel as parallel
 from auto_round import AutoRound
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
-from auto_round.utils.device_manager import device_manager
 
 import tiny
 from vsraq import VSRAQConfig

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from vsraq.block_stream import Path, open_paths
 from vsraq.error_weights import Weighting, check_weighted_size, error_weights
 from vsraq.metrics import StreamingMean, jaccard
-from vsraq.realignment_record import record_realignment, router_weight
 from vsraq.processes import from_first_process, process_count, sum_over_processes
+from vsraq.realignment_record import record_realignment, router_weight
 from vsraq.routers import (
     Router,
     correction_bias,

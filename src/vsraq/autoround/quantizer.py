@@ -857,11 +857,10 @@ class VSRAQQuantizer(SeveralProcesses):
         current.batches += 1
         return total
 
-    def _get_non_zero_cnt(self, tensor: list[Tensor], indices: list[int]) -> int:
+    def _get_non_zero_cnt(self, tensor: list[Tensor], indices: list[int]) -> float:
         """AutoRound's count of a step's valid tokens, which tells us its samples."""
         self._step_samples = [int(i) for i in indices]
-        count: int = super()._get_non_zero_cnt(tensor, indices)
-        return count
+        return super()._get_non_zero_cnt(tensor, indices)
 
     def _weight_in_step(
         self, valid_token_mask: list[Tensor] | None, samples: list[int]
