@@ -72,8 +72,9 @@ def recipe(samples, seed=42):
     held_out = torch.cat(tiny.calibration(samples=32, seed=1))
     with torch.no_grad():
         expected = model(input_ids=held_out).logits.float().log_softmax(-1)
-        run = autoround(model, VSRAQConfig(iters=ITERS), samples, seed=seed)
-        quantized, _ = run.quantize()
+    run = autoround(model, VSRAQConfig(iters=ITERS), samples, seed=seed)
+    quantized, _ = run.quantize()
+    with torch.no_grad():
         found = quantized(input_ids=held_out).logits.float().log_softmax(-1)
     divergence = (expected.exp() * (expected - found)).sum(-1).mean()
     return run, divergence.item()
@@ -155,12 +156,8 @@ def main(folder, rank):
         "refit": lambda: refit(rank),
         "refusals": lambda: refusals(rank, folder),
     }
-    import time
-
     for name, step in steps.items():
-        start = time.time()
         torch.save(step(), folder / f"{name}{rank}.pt")
-        print("TIME", name, time.time() - start, flush=True)
     dist.destroy_process_group()
 
 
