@@ -123,13 +123,14 @@ def refusals(rank, folder):
             lambda: autoround(model, config, samples, **kwargs).quantize()
         )
 
-    same_folder = autoround(model, VSRAQConfig(iters=1), own)
+    def export_to_one_folder():
+        same = autoround(model, VSRAQConfig(iters=1), own)
+        same.quantize_and_save(str(folder / "same"), "auto_round")
+
     return {
         "settings": run(VSRAQConfig(iters=1 + rank), own),
         "samples": run(None, own[: 8 - rank]),
-        "folder": message_of(
-            lambda: same_folder.quantize_and_save(str(folder / "same"), "auto_round")
-        ),
+        "folder": message_of(export_to_one_folder),
         "awq": run(["awq", VSRAQConfig(iters=1)], own),
     }
 
