@@ -178,6 +178,8 @@ def watched(source, folder, variant, at=None, way=None):
     writes = Writes(folder, at, WAYS.get(way))
     writes.watch()
     quantize(source, folder, variant)
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     (folder / "writes.json").write_text(json.dumps(writes.seen))
 
 

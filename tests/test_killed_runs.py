@@ -13,12 +13,12 @@ import pytest
 pytestmark = pytest.mark.xdist_group("test_killed_runs")
 
 SOME = {
-    "streamed": 6,
+    "streamed": 5,
     "in memory": 5,
     "streamed, selected tokens": 3,
     "in memory, selected tokens": 3,
-    "streamed, mixed bits": 3,
-    "in memory, mixed bits": 3,
+    "streamed, mixed bits": 2,
+    "in memory, mixed bits": 2,
 }
 RETURNED = {"SIGKILL": -9, "SIGTERM": -15, "SIGINT": 4, "in the middle": -25}
 
@@ -58,8 +58,8 @@ def test_they_did_die_at_many_points(results):
 
 
 def test_a_full_disk_says_so(results):
-    said = [r["said"] for r in results if r["way"] == "disk full"]
-    assert said
-    for line in said:
-        assert "DiskError" in line
-        assert "make room" in line
+    full = [r for r in results if r["way"] == "disk full"]
+    assert full
+    for result in full:
+        assert "DiskError" in result["said"], result
+        assert "make room" in result["said"], result

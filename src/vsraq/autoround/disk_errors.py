@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """One message for a disk that is full or read-only, whoever was writing.
 
-safetensors reports it as a SafetensorError, `torch.save` as a RuntimeError, both
-without the file.
+safetensors reports it as a SafetensorError, tokenizers as an Exception, `torch.save` as
+a RuntimeError, all without the file; and AutoRound only warns of some.
 """
 
 import errno
 import functools
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -14,7 +15,6 @@ from contextlib import contextmanager
 from typing import Any
 
 from auto_round import envs
-from safetensors import SafetensorError
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -28,12 +28,45 @@ def _disk_errno(error: BaseException) -> int | None:
     """What the disk refused, or None if it was something else."""
     if isinstance(error, OSError):
         return error.errno if error.errno in _NO_ROOM + _NOT_ALLOWED else None
-    if isinstance(error, SafetensorError):
-        found = re.search(r"os error (\d+)", str(error))
-        return int(found[1]) if found else None
-    if isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error):
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        return int(found[1]) if int(found[1]) in _NO_ROOM + _NOT_ALLOWED else None
+    # the second is what PyTorch says when it closes the file after the first
+    if isinstance(error, RuntimeError) and re.search(
+        "PytorchStreamWriter|inline_container", str(error)
+    ):
         return errno.ENOSPC
     return None
+
+
+class _Swallowed(logging.Handler):
+    """Errors of the disk that AutoRound only warns of, as it does while it exports."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.errors: list[Exception] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep the first argument of a message that is such an error."""
+        arguments = record.args if isinstance(record.args, tuple) else ()
+        self.errors += [
+            error
+            for error in arguments
+            if isinstance(error, Exception) and _disk_errno(error) is not None
+        ]
+
+
+@contextmanager
+def _none_swallowed() -> Iterator[None]:
+    """Raise the first error of the disk that was only a warning."""
+    handler = _Swallowed()
+    logger = logging.getLogger("autoround")
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+    if handler.errors:
+        raise handler.errors[0]
 
 
 @contextmanager
@@ -47,8 +80,9 @@ def disk_errors(folder: str) -> Iterator[None]:
         DiskError: Instead of what was raised, if that came from the disk.
     """
     try:
-        yield
-    except (OSError, SafetensorError, RuntimeError) as error:
+        with _none_swallowed():
+            yield
+    except Exception as error:
         number = _disk_errno(error)
         if number is None or isinstance(error, DiskError):
             raise

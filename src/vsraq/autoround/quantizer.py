@@ -183,8 +183,8 @@ class VSRAQQuantizer(SeveralProcesses):
         # AutoRound 0.16 stores nblocks on the config and never reads it from there.
         if self.config.nblocks != 1:
             orchestrator.nblocks = self.config.nblocks
-        explain_disk_errors(orchestrator)
         around_saving(orchestrator, self._start_export, self._finish_exports)
+        explain_disk_errors(orchestrator)
 
     def _start_export(self, folder: Path) -> None:
         """`quantize_and_save` has taken its folders before it tuned."""
