@@ -5,8 +5,8 @@ STAMP := .venv/installed
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-full test-families test-range lint families bench-overhead \
-    bench-routing train-demo clean
+.PHONY: demo test test-full test-families test-range test-nightly lint families \
+    bench-overhead bench-routing train-demo clean
 
 demo: $(STAMP)
 	$(BIN)/vsraq demo
@@ -17,12 +17,17 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadgroup
 test: $(STAMP)
 	$(PYTEST)
 
-# every case of every test: about twice the time of `test`
+# every case of every test: hours
 test-full: $(STAMP)
 	$(PYTEST) --full
 
 # every MoE family, every scheme and option of AutoRound; `test` has some of each kind
-test-families: $(STAMP)
+test-# runs killed at every write, and ten times as many corrupted recipes and exports: hours
+test-nightly: $(STAMP)
+	$(PYTEST) --full tests/test_killed_runs.py tests/test_verify_fuzz.py \
+	    tests/test_recipe_fuzz.py
+
+families: $(STAMP)
 	$(PYTEST) --full tests/test_every_family.py tests/test_families.py
 
 test-range: $(STAMP)

@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 from auto_round import AutoRound
+from hypothesis import HealthCheck, settings
 
 import tiny
 from vsraq.autoround import VSRAQQuantizer
@@ -24,8 +25,21 @@ def pytest_addoption(parser):
     parser.addoption(
         "--full",
         action="store_true",
-        help="every MoE family and every option of AutoRound, not some of each",
+        help="every family, option, point to be killed at, and more fuzzing",
     )
+
+
+def pytest_configure(config):
+    full = config.getoption("--full")
+    settings.register_profile(
+        "vsraq",
+        max_examples=2_000 if full else 150,
+        deadline=None,
+        database=None,
+        derandomize=not full,
+        suppress_health_check=list(HealthCheck),
+    )
+    settings.load_profile("vsraq")
 
 
 @pytest.fixture(scope="session")

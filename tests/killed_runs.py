@@ -250,9 +250,9 @@ def points(writes, wanted, shift):
     else:
         step = len(writes) / wanted
         chosen = sorted({int((i + shift) * step) for i in range(wanted)})
-    ways = ["SIGKILL", "SIGTERM", "SIGINT"]
+    ways = ["SIGKILL", "SIGTERM", "SIGKILL", "SIGINT"]
     for number, at in enumerate(chosen):
-        yield at, ways[number % 3] if number % 2 else "SIGKILL"
+        yield at, ways[number % 4]
         if writes[at][0] == "before writing":
             yield at, "in the middle"
             yield at, "disk full"

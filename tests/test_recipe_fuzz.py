@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vsraq.autoround import VSRAQConfig
@@ -122,13 +122,7 @@ def test_mutated_recipes(tmp_path, full):
     path = tmp_path / "recipe.yaml"
     seen = {"accepted": 0, "refused": 0}
 
-    @settings(
-        max_examples=20_000 if full else 2_000,
-        deadline=None,
-        database=None,
-        derandomize=not full,
-        suppress_health_check=list(HealthCheck),
-    )
+    @settings(max_examples=20_000 if full else 2_000)
     @given(mutated())
     def run(case):
         data, overrides = case
@@ -202,13 +196,7 @@ def test_mutated_command_lines(tmp_path, capsys, full):
     path = tmp_path / "recipe.yaml"
     statuses = set()
 
-    @settings(
-        max_examples=400 if full else 40,
-        deadline=None,
-        database=None,
-        derandomize=not full,
-        suppress_health_check=list(HealthCheck),
-    )
+    @settings(max_examples=400 if full else 40)
     @given(mutated(), st.sampled_from(["quantize", "select-tokens"]))
     def run(case, command):
         data, overrides = case
