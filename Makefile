@@ -22,16 +22,16 @@ test-full: $(STAMP)
 	$(PYTEST) --full
 
 # every MoE family, every scheme and option of AutoRound; `test` has some of each kind
-test-# runs killed at every write, and ten times as many corrupted recipes and exports: hours
-test-nightly: $(STAMP)
-	$(PYTEST) --full tests/test_killed_runs.py tests/test_verify_fuzz.py \
-	    tests/test_recipe_fuzz.py
-
-families: $(STAMP)
+test-families: $(STAMP)
 	$(PYTEST) --full tests/test_every_family.py tests/test_families.py
 
 test-range: $(STAMP)
 	$(PYTEST) --full tests/test_autoround_range.py
+
+# runs killed at every write, and ten times as many corrupted recipes and exports
+test-nightly: $(STAMP)
+	$(PYTEST) --full tests/test_killed_runs.py tests/test_verify_fuzz.py \
+	    tests/test_recipe_fuzz.py
 
 families: $(STAMP)
 	$(BIN)/python tests/family_table.py

@@ -61,7 +61,10 @@ def test_every_shell_line_is_a_command_of_this_project(
         if program == "make":
             assert set(arguments) <= set(targets)
         elif program == "vsraq":
-            assert _parser().parse_args(arguments).command == "quantize"
+            command = _parser().parse_args(arguments).command
+            if command == "verify":  # of the export of a model that is not here
+                continue
+            assert command == "quantize"
             smaller = [
                 f"model={model_path()}",
                 f"output={tmp_path / 'out'}",
