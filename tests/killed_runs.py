@@ -261,6 +261,8 @@ def points(writes, wanted, shift):
 def main(root, wanted):
     root.mkdir(parents=True, exist_ok=True)
     get_ar_device("cpu")._bf16_supported = True  # as tiny.bfloat16 does
+    # a shell's background job ignores interrupts, and its children would too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     gc.freeze()  # AutoRound collects garbage 20 times a run; what is imported is none
     log = root / "log.txt"
     assert child(log, make_source, root) == 0, log.read_text()
