@@ -7,9 +7,12 @@ here DDP gets None, and nothing else is changed. AutoRound's other way, for seve
 devices in one process, runs on the CPU as it is.
 """
 
+import logging
 import os
+import re
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 os.environ["AR_WORK_SPACE"] = tempfile.mkdtemp(prefix="vsraq-tests-")
@@ -22,17 +25,34 @@ from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 
 import tiny
 from vsraq import VSRAQConfig
+from vsraq.autoround.process_checks import check_equal_weights, check_progress
 from vsraq.realignment import refit_router
 from vsraq.routers import correction_bias, find_routers
+from vsraq.token_selection import Sampling, TokenMask
 
 # the second does not exist, and nothing is put there
 SEVERAL_DEVICES = {"device_map": "cpu,other"}
 ITERS = 8
+# Experts that get tokens in one process only: few tokens for many experts.
+FEW_TOKENS = {"n_routed_experts": 32}
+FEW = 2
 
 
 class CpuDDP(parallel.DistributedDataParallel):
     def __init__(self, module, device_ids=None, **kwargs):
         super().__init__(module, **kwargs)
+
+
+class Lines(tiny.LogLines):
+    """The messages of AutoRound's logger too."""
+
+    def __enter__(self):
+        logging.getLogger("autoround").addHandler(self)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        logging.getLogger("autoround").removeHandler(self)
+        super().__exit__(*error)
 
 
 def own_samples(rank, **kwargs):
@@ -48,7 +68,7 @@ def autoround(model, config, dataset, scheme="W4A16", **kwargs):
 
 def tune(model, *args, **kwargs):
     """Tuned weights and activation scales, and what the log says."""
-    with tiny.LogLines() as lines:
+    with Lines() as lines:
         quantized, _ = autoround(model, *args, **kwargs).quantize()
     tensors = dict(quantized.state_dict())
     for name, module in quantized.named_modules():
@@ -61,18 +81,18 @@ def tune(model, *args, **kwargs):
 def message_of(run):
     try:
         run()
-    except (ValueError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
     return "ran"
 
 
-def recipe(samples, seed=42):
+def recipe(samples, seed=42, **kwargs):
     """The default recipe; the run, and how far held-out logits are from the model's."""
     model = tiny.in_bfloat16(tiny.tiny_model("solar_open"))
     held_out = torch.cat(tiny.calibration(samples=32, seed=1))
     with torch.no_grad():
         expected = model(input_ids=held_out).logits.float().log_softmax(-1)
-    run = autoround(model, VSRAQConfig(iters=ITERS), samples, seed=seed)
+    run = autoround(model, VSRAQConfig(iters=ITERS), samples, seed=seed, **kwargs)
     quantized, _ = run.quantize()
     with torch.no_grad():
         found = quantized(input_ids=held_out).logits.float().log_softmax(-1)
@@ -84,40 +104,89 @@ def export(rank, folder):
     """The default recipe, exported by each process into a folder of its own."""
     with tiny.LogLines() as lines:
         run, divergence = recipe(own_samples(rank))
-    run.save_quantized(str(folder / f"rank{rank}"), format="auto_round")
-    return {"log": lines, "divergence": divergence}
+
+    def save(name):
+        run.save_quantized(str(folder / name), format="auto_round")
+
+    save(f"rank{rank}")
+    if rank == 0:  # alone, which is enough
+        save("same")
+    dist.barrier()
+    again = message_of(lambda: save("same"))
+    return {"log": lines, "divergence": divergence, "again": again}
 
 
-def uneven(rank):
-    """Samples of one token, so that some experts get none in one process."""
+def few_tokens(samples, scheme="W4A16", **kwargs):
+    """Samples of two tokens, so that some experts get none in one process."""
     return tune(
-        tiny.tiny_model("solar_open", n_routed_experts=32),
-        VSRAQConfig(iters=3, not_use_best_mse=True),
-        own_samples(rank, seqlen=2),
-        seqlen=2,
-        **SEVERAL_DEVICES,
+        tiny.tiny_model("solar_open", **FEW_TOKENS),
+        VSRAQConfig(iters=2),
+        samples,
+        scheme=scheme,
+        seqlen=FEW,
+        **kwargs,
     )
+
+
+def token_mask(samples, shares):
+    """A mask that selects the first share of each sample's tokens."""
+    tokens = torch.arange(tiny.SEQLEN)
+    return TokenMask.of(
+        [tokens < share * tiny.SEQLEN for share in shares],
+        samples,
+        model="solar_open",
+        scheme="W4A16",
+        tau=1e-4,
+        shift_threshold=None,
+        sampling=Sampling(),
+    )
+
+
+# of two processes, or of one with all samples
+SHARES = [0.9, 0.1] * 4
+
+
+def first_loss(samples, shares, **kwargs):
+    """The losses of the first step, on the tokens that a mask selects."""
+    config = VSRAQConfig(
+        iters=1,
+        objective="sra",
+        router_weight=1000.0,
+        next_router_weight=0,
+        realign_routers=False,
+        token_mask=token_mask(samples, shares),
+    )
+    count = len(samples)
+    model = tiny.tiny_model("solar_open")
+    lines = tune(model, config, samples, nsamples=count, **kwargs)["log"]
+    # AutoRound's line: "... loss iter 0: 1.234e-05 -> iter 0: ..."
+    found = (re.search(r"loss iter 0: (\S+) ->", line) for line in lines)
+    return [float(match[1]) for match in found if match]
 
 
 def refit(rank):
     """One router, re-fitted on half of the samples by each process."""
-    model = tiny.tiny_model("solar_open")
-    router = find_routers(model)[0]
-    module = model.get_submodule(router.name)
-    report = refit_router(
-        router,
-        module,
-        tiny.refit_samples()[rank::2],
-        bias=correction_bias(model, router),
-    )
-    return {"weight": module.weight.detach(), "report": report}
+    results = {}
+    for weighting in ("uniform", "boundary"):
+        model = tiny.tiny_model("solar_open")
+        router = find_routers(model)[0]
+        module = model.get_submodule(router.name)
+        report = refit_router(
+            router,
+            module,
+            tiny.refit_samples()[rank::2],
+            bias=correction_bias(model, router),
+            weighting=weighting,
+        )
+        results[weighting] = {"weight": module.weight.detach(), "report": report}
+    return results
 
 
 def refusals(rank, folder):
-    model = tiny.tiny_model("solar_open")
     own = own_samples(rank)
+    model = tiny.tiny_model("solar_open")
 
-    def run(config, samples, *args, **kwargs):
+    def run(samples=own, model=model, config=None, **kwargs):
         config = config if config is not None else VSRAQConfig(iters=1)
         return message_of(
             lambda: autoround(model, config, samples, **kwargs).quantize()
@@ -125,14 +194,33 @@ def refusals(rank, folder):
 
     def export_to_one_folder():
         same = autoround(model, VSRAQConfig(iters=1), own)
-        same.quantize_and_save(str(folder / "same"), "auto_round")
+        same.quantize_and_save(str(folder / "one"), "auto_round")
 
-    return {
-        "settings": run(VSRAQConfig(iters=1 + rank), own),
-        "samples": run(None, own[: 8 - rank]),
+    messages = {
+        "settings": run(config=VSRAQConfig(iters=1 + rank)),
+        "seed": run(seed=rank),
+        "seqlen": run(seqlen=tiny.SEQLEN - 8 * rank),
+        "samples": run(own[: 8 - rank]),
+        "text": run(tiny.calibration(samples=8)),
+        "model": run(model=tiny.tiny_model("solar_open", seed=rank)),
+        "bits": run(layer_config={"self_attn": {"bits": 4 + 4 * rank}}),
+        "head": run(layer_config={"lm_head": {"bits": 4}}),
         "folder": message_of(export_to_one_folder),
-        "awq": run(["awq", VSRAQConfig(iters=1)], own),
+        "awq": run(config=["awq", VSRAQConfig(iters=1)]),
+        "progress": message_of(lambda: check_progress(3 - rank)),
+        "weights": message_of(
+            lambda: check_equal_weights("layers.0", torch.nn.Linear(2, 2 + rank))
+        ),
+        "mask": run(
+            config=VSRAQConfig(
+                iters=1, objective="sra", token_mask=token_mask(own, [0.5] + [0] * 7)
+            )
+        ),
     }
+    os.environ["AR_RESUME_DIR"] = str(folder / "resume")
+    messages["resume"] = run()
+    del os.environ["AR_RESUME_DIR"]
+    return messages
 
 
 def main(folder, rank):
@@ -140,6 +228,7 @@ def main(folder, rank):
         "gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2
     )
     parallel.DistributedDataParallel = CpuDDP
+    few = own_samples(rank, seqlen=FEW)
     steps = {
         "plain": lambda: tune(
             tiny.tiny_model("solar_open"),
@@ -147,18 +236,25 @@ def main(folder, rank):
             own_samples(rank),
         ),
         "export": lambda: export(rank, folder),
-        "uneven": lambda: uneven(rank),
-        "nvfp4": lambda: tune(
-            tiny.tiny_model("solar_open"),
-            VSRAQConfig(iters=2),
-            own_samples(rank),
-            scheme="NVFP4",
+        "uneven": lambda: few_tokens(few, **SEVERAL_DEVICES),
+        "nvfp4": lambda: few_tokens(few, "NVFP4"),
+        "extension": lambda: tune(
+            tiny.tiny_model("solar_open", **FEW_TOKENS),
+            VSRAQConfig(iters=2, enable_alg_ext=True),
+            few,
+            scheme="W2A16",
+            seqlen=FEW,
+        ),
+        "masked": lambda: first_loss(
+            tiny.calibration()[rank::2], SHARES[rank::2], batch_size=4
         ),
         "refit": lambda: refit(rank),
         "refusals": lambda: refusals(rank, folder),
     }
     for name, step in steps.items():
+        started = time.perf_counter()
         torch.save(step(), folder / f"{name}{rank}.pt")
+        print(name, time.perf_counter() - started, flush=True)
     dist.destroy_process_group()
 
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from vsraq.autoround.config import VSRAQConfig
@@ -16,7 +15,7 @@ from vsraq.autoround.token_selection import (
     TokenRecorder,
     select_tokens_of_run,
 )
-from vsraq.processes import sum_over_processes
+from vsraq.processes import gather
 from vsraq.token_selection import TokenMask
 
 if TYPE_CHECKING:
@@ -112,8 +111,8 @@ class AlignedTokens:
             logger.warning("vsraq: %s", warning)
         if selection is not None and self._config.select_only:
             raise SelectionDoneError(selection)
-        own_fitted = sum(bool(own.any()) for own in mask.masks)
-        fitted = int(sum_over_processes(torch.tensor(own_fitted)))
+        # a process with two holds one out and fits the other
+        fitted = max(gather(sum(bool(own.any()) for own in mask.masks)))
         if self._config.alignment.realign_routers and fitted < 2:
             raise ValueError(
                 f"token mask: {fitted} samples have selected tokens; re-fitting "

@@ -55,10 +55,16 @@ from vsraq.autoround.next_router import (
     load_without_experts,
 )
 from vsraq.autoround.output_folder import set_leftovers_aside
+from vsraq.autoround.process_checks import (
+    check_processes,
+    check_progress,
+    claim_folder,
+    model_settings,
+)
 from vsraq.autoround.resumable import export_folders, open_run
 from vsraq.autoround.resume_guard import ResumableRun
 from vsraq.autoround.routing_pass import selected_experts
-from vsraq.autoround.several_processes import SeveralProcesses, check_processes
+from vsraq.autoround.several_processes import SeveralProcesses
 from vsraq.autoround.terms import (
     NEXT_ROUTER,
     OWN_ROUTER,
@@ -69,7 +75,12 @@ from vsraq.autoround.terms import (
 )
 from vsraq.capture import RouterCapture, router_input
 from vsraq.losses import FpLogits
-from vsraq.processes import mean_over_processes, with_common_value
+from vsraq.processes import (
+    mean_over_processes,
+    process_count,
+    sum_over_processes,
+    with_common_value,
+)
 from vsraq.realignment import refit_router
 from vsraq.realignment_record import drop_record, record_realignment, router_weight
 from vsraq.routers import (
@@ -188,6 +199,7 @@ class VSRAQQuantizer(SeveralProcesses):
 
     def _start_export(self, folder: Path) -> None:
         """`quantize_and_save` has taken its folders before it tuned."""
+        claim_folder(folder)
         if not self._owns_output:
             set_leftovers_aside(folder)
 
@@ -242,8 +254,10 @@ class VSRAQQuantizer(SeveralProcesses):
         self._refitted = {}
         self._owns_output = bool(export_folders(self._orchestrator))
         settings = self._settings(composer)
-        check_processes(settings, self._sample_count(), self._export_dir(), composer)
+        if process_count() > 1:
+            self._check_processes(settings, composer)
         self._resumable, self._done = open_run(self._orchestrator, settings)
+        check_progress(self._done)
         for group in self._orchestrator.quant_block_list or self._block_groups():
             cached = (self._orchestrator.inputs or {}).get(group[0])
             if cached is not None:
@@ -351,11 +365,19 @@ class VSRAQQuantizer(SeveralProcesses):
         exports = getattr(self._orchestrator, "formats", None)  # quantize_and_save
         return self.compress_context.output_dir if exports else None
 
-    def _sample_count(self) -> int:
-        """Calibration samples that AutoRound has collected, those of this process."""
+    def _check_processes(
+        self, settings: dict[str, str], composer: "AlgorithmComposer | None"
+    ) -> None:
         cached: dict[str, Any] = self._orchestrator.inputs or {}
-        first: dict[str, Any] = next(iter(cached.values()), {})
-        return len(first.get("hidden_states", ()))
+        blocks = {name for group in self._block_groups() for name in group}
+        first: dict[str, Any] = next((cached[n] for n in cached if n in blocks), {})
+        check_processes(
+            settings | model_settings(self.model, self.calibration_context.seqlen),
+            first.get("hidden_states", ()),
+            self._export_dir(),
+            composer,
+            outside=[name for name in cached if name not in blocks],
+        )
 
     # ── Full-precision side ──────────────────────────────────────────────────
 
@@ -867,23 +889,30 @@ class VSRAQQuantizer(SeveralProcesses):
     ) -> float:
         """What a micro-batch's mean over selected tokens counts in its step.
 
-        AutoRound adds up micro-batches by their valid tokens. A mean over selected
-        tokens counts by those, so that the step is SRA's Eq. 8 over all of its tokens:
+        AutoRound adds up micro-batches, and averages processes, by their valid tokens.
+        A mean over selected tokens counts by those, so that the step is SRA's Eq. 8
+        over all of its tokens, those of every process:
         (selected here / selected in the step) * (valid in the step / valid here).
         """
-        if self.token_mask is None or self.gradient_accumulate_steps == 1:
+        one_batch = self.gradient_accumulate_steps == 1
+        if self.token_mask is None or (one_batch and process_count() == 1):
             return 1.0
-        step = self._step_samples
+        step = samples if one_batch else self._step_samples
         if not set(samples) <= set(step):
             raise RuntimeError(
                 "AutoRound did not say which samples a step has, so the mean over its "
                 "selected tokens is unknown; allowed with token selection is "
                 "gradient_accumulate_steps=1 here"
             )
-
-        in_step = self._selected_share(valid_token_mask, step)
+        selected = self.token_mask.of_samples(step)
+        valid = self._mask(valid_token_mask, step)
+        valid = torch.ones_like(selected) if valid is None else valid.cpu().bool()
+        own = torch.stack([(selected & valid).sum(), valid.sum()])
+        selected_in_step, valid_in_step = sum_over_processes(own).tolist()
+        if selected_in_step == 0:
+            return 0.0
         here = self._selected_share(valid_token_mask, samples)
-        return here / in_step if in_step > 0 else 0.0
+        return here / float(selected_in_step / valid_in_step)
 
     def _selected_share(
         self, valid_token_mask: list[Tensor] | None, samples: Sequence[int]

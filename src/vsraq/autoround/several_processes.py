@@ -8,17 +8,23 @@ every one of them exports. So plain AutoRound ends with other weights in every p
 """
 
 import logging
-import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from auto_round import envs
 from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
+from auto_round.compressors.utils import is_nv_fp
 from auto_round.utils.device_manager import device_manager
 from torch import Tensor, nn
 
-from vsraq.processes import gather, is_first_process, mean_over_processes, process_count
+from vsraq.autoround.process_checks import check_equal_weights
+from vsraq.processes import (
+    gather,
+    is_first_process,
+    mean_over_processes,
+    process_count,
+    sum_over_processes,
+)
 
 if TYPE_CHECKING:
     from auto_round.algorithms.composer import AlgorithmComposer
@@ -27,10 +33,10 @@ logger = logging.getLogger("autoround.vsraq")
 
 
 class _FirstProcessOnly(logging.Filter):
-    """Says once what every process would say."""
+    """Says once what every process would say; each warns of its own samples."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return is_first_process()
+        return record.levelno >= logging.WARNING or is_first_process()
 
 
 _FIRST_PROCESS_ONLY = _FirstProcessOnly()
@@ -54,16 +60,68 @@ class SeveralProcesses(SignRoundQuantizer):
         super().finalize_run()
         logger.removeFilter(_FIRST_PROCESS_ONLY)
 
-    def quantize_block(self, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        """Tune one block with the activation scales of all samples."""
+    def register_fp_input_forward_hooks(self, block: nn.Module) -> list[Any]:
+        """AutoRound's; activation ranges are shared behind the forward."""
+        handles: list[Any] = super().register_fp_input_forward_hooks(block)
+        return handles + self._shared_ranges(block)
+
+    def register_qinput_forward_hooks(self, block: nn.Module) -> list[Any]:
+        """AutoRound's; activation ranges are shared behind the forward."""
+        handles: list[Any] = super().register_qinput_forward_hooks(block)
+        return handles + self._shared_ranges(block)
+
+    def _shared_ranges(self, block: nn.Module) -> list[Any]:
+        """Handles that share the ranges when AutoRound removes them.
+
+        Before the block is tuned would be too late: behind the forward AutoRound gives
+        experts that got no token here the largest range of all experts.
+        """
+        scheme = self.scheme
+        static = scheme.act_dynamic is not None and not scheme.act_dynamic
+        if process_count() == 1 or not (static or is_nv_fp(scheme.act_data_type)):
+            return []
+        return [_AfterForward(lambda: share_activation_maxima(block))]
+
+    def quantize_block(
+        self,
+        block: nn.Module,
+        fp_inputs: Any,
+        input_others: dict[str, Any],
+        fp_outputs: Any,
+        q_inputs: Any,
+        block_ctx: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Tune one block with what all processes know of its activations.
+
+        Raises:
+            RuntimeError: The processes end with different weights.
+        """
+
+        def tune() -> Any:
+            return super(SeveralProcesses, self).quantize_block(
+                block,
+                fp_inputs,
+                input_others,
+                fp_outputs,
+                q_inputs,
+                block_ctx,
+                *args,
+                **kwargs,
+            )
+
         if process_count() == 1:
-            return super().quantize_block(block, *args, **kwargs)
+            return tune()
         share_activation_maxima(block)
+        share_importance(block)
         self._tuned_block = block
         try:
-            return super().quantize_block(block, *args, **kwargs)
+            best_params = tune()
         finally:
             self._tuned_block = None
+        check_equal_weights("+".join(block_ctx.block_names), block)
+        return best_params
 
     def _compute_valid_token_mask(self, input_ids: list[Tensor]) -> list[Tensor] | None:
         """AutoRound's mask; one of ones where only other processes have padding.
@@ -98,76 +156,67 @@ class SeveralProcesses(SignRoundQuantizer):
         return scaled
 
 
+class _AfterForward:
+    """What AutoRound takes for a hook's handle: it is removed behind the forward."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.remove = action
+
+
 def share_activation_maxima(block: nn.Module) -> None:
     """Give every layer the largest activation that any process has seen.
 
     AutoRound makes the scales of static activations (NVFP4, INT8) of it.
-    """
-    layers = {
-        name: module
-        for name, module in block.named_modules()
-        if isinstance(found := getattr(module, "act_max", None), Tensor)
-        and found.numel() == 1
-    }
-    everywhere = gather({name: layer.act_max.cpu() for name, layer in layers.items()})
-    for name, layer in layers.items():
-        values = [own[name].flatten() for own in everywhere if name in own]
-        layer.act_max = (
-            torch.cat(values).max().reshape(layer.act_max.shape).to(layer.act_max)
-        )
-
-
-def check_processes(
-    settings: Mapping[str, str],
-    samples: int,
-    folder: str | None,
-    composer: "AlgorithmComposer | None",
-) -> None:
-    """Refuse several processes that cannot tune one model together.
 
     Args:
-        settings: What decides the tuned weights, as text.
-        samples: Calibration samples of this process.
-        folder: Where this process exports to, or None.
-        composer: AutoRound's, None for single blocks.
+        block: The block, its layers not wrapped yet. A layer that got no token in this
+            process gets the value of the others.
 
     Raises:
-        NotImplementedError: An algorithm before this one finds its parameters on the
-            samples of each process alone.
-        ValueError: Their settings or numbers of samples differ, or they write into the
-            same folder.
+        NotImplementedError: A layer has a scale per token.
     """
-    if process_count() == 1:
-        return
-    before = [type(p).__name__ for p in composer.preprocessors] if composer else []
-    if before:
-        raise NotImplementedError(
-            f"world_size={process_count()} with {', '.join(before)}: every process "
-            "would find its own scales; allowed are rotations, or one process"
-        )
-    # own samples have a mask of their own
-    own = {n: v for n, v in settings.items() if n != "token_mask"}
+    layers = dict(block.named_modules())
+    own = {
+        name: found.cpu()
+        for name, module in layers.items()
+        if isinstance(found := getattr(module, "act_max", None), Tensor)
+        and found.numel() > 0
+    }
     everywhere = gather(own)
-    for name in own:
-        values = [other.get(name) for other in everywhere]
-        if len(set(values)) > 1:
-            raise ValueError(
-                f"{name}: the processes have {', '.join(map(str, values))}, by rank; "
-                "allowed is the same in all of them"
+    for name in sorted(set().union(*everywhere)):
+        values = [other[name] for other in everywhere if name in other]
+        if any(value.numel() != 1 for value in values):
+            raise NotImplementedError(
+                f"world_size={process_count()}: {name} has a static activation scale "
+                "for every token; allowed with several processes is one for all"
             )
-    counts = gather(samples)
-    if len(set(counts)) > 1:
-        raise ValueError(
-            f"nsamples: the processes have {counts} calibration samples, by rank; "
-            "allowed are as many in each, because they take every step together; drop "
-            "the last ones"
-        )
-    folders = {"output_dir": folder, "AR_RESUME_DIR": envs.AR_RESUME_DIR or None}
-    for name, mine in folders.items():
-        paths = gather(None if mine is None else os.path.realpath(mine))
-        if len(set(paths) - {None}) < len([path for path in paths if path]):
-            raise ValueError(
-                f"{name}={str(mine)!r}: several processes would write the same files; "
-                "allowed is a folder for each, such as its name with the rank behind "
-                "it; what they export is the same, so keep any of them"
-            )
+        largest = torch.cat([value.flatten() for value in values]).max()
+        module = layers[name]
+        device = next(module.parameters()).device
+        module.act_max = largest.reshape(values[0].shape).to(device)
+
+
+def share_importance(block: nn.Module) -> None:
+    """Give every layer the sums of squared activations of all processes.
+
+    AutoRound's algorithm extension searches scales with them.
+
+    Args:
+        block: The block, its layers not wrapped yet; to be called once.
+    """
+    layers = dict(block.named_modules())
+    everywhere = gather(
+        {
+            name: len(found)
+            for name, module in layers.items()
+            if isinstance(found := getattr(module, "imatrix", None), Tensor)
+        }
+    )
+    widths: dict[str, int] = {}
+    for other in everywhere:
+        widths |= other
+    for name, width in sorted(widths.items()):
+        module = layers[name]
+        device = next(module.parameters()).device
+        own = getattr(module, "imatrix", torch.zeros(width, device=device))
+        module.imatrix = sum_over_processes(own)
