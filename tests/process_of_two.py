@@ -7,6 +7,7 @@ here DDP gets None, and nothing else is changed. AutoRound's other way, for seve
 devices in one process, runs on the CPU as it is.
 """
 
+import gc
 import logging
 import os
 import re
@@ -25,7 +26,7 @@ from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 
 import tiny
 from vsraq import VSRAQConfig
-from vsraq.autoround.process_checks import check_equal_weights, check_progress
+from vsraq.autoround.process_checks import check_equal_weights
 from vsraq.realignment import refit_router
 from vsraq.routers import correction_bias, find_routers
 from vsraq.token_selection import Sampling, TokenMask
@@ -101,26 +102,36 @@ def recipe(samples, seed=42, **kwargs):
 
 
 def export(rank, folder):
-    """The default recipe, exported by each process into a folder of its own."""
+    """The default recipe, and an export by each process."""
     with tiny.LogLines() as lines:
         run, divergence = recipe(own_samples(rank))
 
-    def save(name):
-        run.save_quantized(str(folder / name), format="auto_round")
+    tensors = dict(run.model.state_dict())  # before they are packed
+    again = message_of(
+        lambda: run.save_quantized(str(folder / f"rank{rank}"), format="auto_round")
+    )
+    return {"log": lines, "divergence": divergence, "again": again, "tensors": tensors}
 
-    save(f"rank{rank}")
-    if rank == 0:  # alone, which is enough
-        save("same")
-    dist.barrier()
-    again = message_of(lambda: save("same"))
-    return {"log": lines, "divergence": divergence, "again": again}
+
+def export_at_once(rank, folder):
+    """One process packs and writes block by block, the other tunes."""
+    run = autoround(
+        tiny.in_bfloat16(tiny.tiny_model("solar_open")),
+        VSRAQConfig(iters=1),
+        own_samples(rank),
+    )
+    if rank == 0:
+        run.quantize_and_save(str(folder / "at_once"), "auto_round")
+    else:
+        run.quantize()
+    return {n: m.weight for n, m in run.model.named_modules() if n.endswith("gate")}
 
 
 def few_tokens(samples, scheme="W4A16", **kwargs):
     """Samples of two tokens, so that some experts get none in one process."""
     return tune(
         tiny.tiny_model("solar_open", **FEW_TOKENS),
-        VSRAQConfig(iters=2),
+        VSRAQConfig(iters=4, not_use_best_mse=True),
         samples,
         scheme=scheme,
         seqlen=FEW,
@@ -192,9 +203,9 @@ def refusals(rank, folder):
             lambda: autoround(model, config, samples, **kwargs).quantize()
         )
 
-    def export_to_one_folder():
-        same = autoround(model, VSRAQConfig(iters=1), own)
-        same.quantize_and_save(str(folder / "one"), "auto_round")
+    def export_from_both():
+        run = autoround(model, VSRAQConfig(iters=1), own)
+        run.quantize_and_save(str(folder / f"both{rank}"), "auto_round")
 
     messages = {
         "settings": run(config=VSRAQConfig(iters=1 + rank)),
@@ -205,9 +216,8 @@ def refusals(rank, folder):
         "model": run(model=tiny.tiny_model("solar_open", seed=rank)),
         "bits": run(layer_config={"self_attn": {"bits": 4 + 4 * rank}}),
         "head": run(layer_config={"lm_head": {"bits": 4}}),
-        "folder": message_of(export_to_one_folder),
+        "folder": message_of(export_from_both),
         "awq": run(config=["awq", VSRAQConfig(iters=1)]),
-        "progress": message_of(lambda: check_progress(3 - rank)),
         "weights": message_of(
             lambda: check_equal_weights("layers.0", torch.nn.Linear(2, 2 + rank))
         ),
@@ -217,7 +227,7 @@ def refusals(rank, folder):
             )
         ),
     }
-    os.environ["AR_RESUME_DIR"] = str(folder / "resume")
+    os.environ["AR_RESUME_DIR"] = str(folder / f"resume{rank}")
     messages["resume"] = run()
     del os.environ["AR_RESUME_DIR"]
     return messages
@@ -229,6 +239,9 @@ def main(folder, rank):
     )
     parallel.DistributedDataParallel = CpuDDP
     few = own_samples(rank, seqlen=FEW)
+    # AutoRound collects garbage a dozen times a run; skip what the imports have left.
+    gc.collect()
+    gc.freeze()
     steps = {
         "plain": lambda: tune(
             tiny.tiny_model("solar_open"),
@@ -236,6 +249,7 @@ def main(folder, rank):
             own_samples(rank),
         ),
         "export": lambda: export(rank, folder),
+        "at_once": lambda: export_at_once(rank, folder),
         "uneven": lambda: few_tokens(few, **SEVERAL_DEVICES),
         "nvfp4": lambda: few_tokens(few, "NVFP4"),
         "extension": lambda: tune(
@@ -255,6 +269,8 @@ def main(folder, rank):
         started = time.perf_counter()
         torch.save(step(), folder / f"{name}{rank}.pt")
         print(name, time.perf_counter() - started, flush=True)
+        gc.collect()
+        gc.freeze()  # DDP imports torch._dynamo when it is first used
     dist.destroy_process_group()
 
 

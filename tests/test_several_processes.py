@@ -65,22 +65,39 @@ def test_plain_autoround_leaves_the_processes_with_different_weights(of_both):
     assert different(first["tensors"], second["tensors"])
 
 
-def test_exports_are_equal_and_verify(folder, of_both, tmp_path):
-    files = [load_file(next(folder.glob(f"rank{r}/**/*.safetensors"))) for r in (0, 1)]
-    assert not different(*files)
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
     model = tiny.in_bfloat16(tiny.tiny_model("solar_open"))
-    model.save_pretrained(tmp_path)
-    assert verify(next(folder.glob("rank0/**/config.json")).parent, tmp_path).ok
-    gates = [name for name in files[0] if name.endswith("mlp.gate.weight")]
-    original = model.state_dict()
-    assert len(gates) == 2
-    assert any(not torch.equal(files[0][name], original[name]) for name in gates)
+    folder = tmp_path_factory.mktemp("original")
+    model.save_pretrained(folder)
+    return model, folder
 
 
-def test_one_process_exports_to_a_folder(of_both):
+def gates(folder):
+    tensors = load_file(folder / "model.safetensors")
+    return {n: tensors[n] for n in tensors if n.endswith("mlp.gate.weight")}
+
+
+def test_the_first_process_exports(folder, of_both, original):
+    model, source = original
     first, second = of_both("export")
+    assert not different(first["tensors"], second["tensors"])
     assert first["again"] == "ran"
-    assert "the process of rank 0 exports to it" in second["again"]
+    assert "rank=1: this process would export too" in second["again"]
+    assert not (folder / "rank1").exists()
+    assert verify(folder / "rank0", source).ok
+    exported, before = gates(folder / "rank0"), model.state_dict()
+    assert len(exported) == 2
+    assert any(not torch.equal(exported[name], before[name]) for name in exported)
+
+
+def test_one_packs_its_blocks_while_the_other_tunes(folder, of_both, original):
+    (exports,) = (folder / "at_once").iterdir()  # AutoRound names it by the scheme
+    assert verify(exports, original[1]).ok
+    exported = gates(exports)
+    tuned = of_both("at_once")[1]
+    assert len(tuned) == 2
+    assert not different({f"{n}.weight": w for n, w in tuned.items()}, exported)
 
 
 def test_one_process_speaks(of_both):
@@ -113,7 +130,7 @@ def test_activation_scales_are_those_of_all_samples(of_both, of_one):
 
 def test_tokens_of_both_are_counted_once(of_both, of_one):
     def row(run):
-        rows = [line for line in run["log"] if "layers.0.mlp.gate " in line]
+        rows = {line for line in run["log"] if "layers.0.mlp.gate " in line}
         return [line for line in rows if line.endswith("of 32")]
 
     assert len(row(of_one)) == 1
@@ -162,10 +179,9 @@ REFUSALS = {
     "model": "model: the processes have",
     "bits": "layer_config: the processes have",
     "head": "world_size=2 with lm_head: AutoRound tunes layers outside",
-    "folder": "several processes would write the same files",
-    "resume": "several processes would write the same files",
+    "folder": "rank=1: this process would export too",
+    "resume": "AR_RESUME_DIR with world_size=2",
     "awq": "world_size=2 with AWQ",
-    "progress": "the processes have tuned [3, 2] blocks, by rank",
     "weights": "block layers.0: the processes have tuned 2 of 2 tensors to other",
     "mask": "token mask: 1 samples have selected tokens",
 }

@@ -1,25 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Refuse several processes that would not tune one model together.
 
-All processes have to make a check together, and all of them raise; only `claim_folder`
-is for one alone.
+All processes have to make a check together, and all of them raise; only
+`check_exporter` is for one alone.
 """
 
 import hashlib
 import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from auto_round import envs
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import _get_default_store
 
-from vsraq.processes import gather, process_count
+from vsraq.processes import gather, is_first_process, process_count
 from vsraq.realignment_record import tensor_bytes
 
 if TYPE_CHECKING:
@@ -29,6 +26,11 @@ logger = logging.getLogger("autoround.vsraq")
 
 _SAMPLED = 1024  # values of a tensor that tell it from others
 _SHOWN = 60  # characters of a setting
+_ONLY_THE_FIRST_EXPORTS = (
+    "this process would export too, and transformers writes weights in the first one "
+    "only; what they tune is the same; allowed is quantize() in all of them, and an "
+    "export (save_quantized or quantize_and_save) where dist.get_rank() == 0"
+)
 
 
 def check_processes(
@@ -50,9 +52,10 @@ def check_processes(
 
     Raises:
         NotImplementedError: An algorithm before this one finds its parameters on the
-            samples of each process alone, or a layer outside of the blocks is tuned.
-        ValueError: Their settings, models or numbers of samples differ, their samples
-            do not, or they write into the same folder.
+            samples of each process alone, a layer outside of the blocks is tuned, or
+            `AR_RESUME_DIR` is set.
+        ValueError: Their settings, models or numbers of tokens differ, their samples
+            do not, or another than the first exports.
     """
     if process_count() == 1:
         return
@@ -65,7 +68,7 @@ def check_processes(
             "would find its own scales; allowed are rotations, or one process"
         )
     _check_samples(samples)
-    _check_folders({"output_dir": folder, "AR_RESUME_DIR": envs.AR_RESUME_DIR or None})
+    _check_exports(folder)
     layers = list(outside)
     if any(gather(layers)):
         raise NotImplementedError(
@@ -95,12 +98,18 @@ def _check_samples(samples: Sequence[Tensor]) -> None:
             "allowed are as many in each, because they take every step together; drop "
             "the last ones"
         )
+    tokens = gather(sum(sample.shape[1] for sample in samples))
+    if len(set(tokens)) > 1:
+        raise ValueError(
+            f"seqlen: the processes have {tokens} calibration tokens, by rank; allowed "
+            "are as many in each, because each has an equal share in every step"
+        )
     seen = [frozenset(own) for own in gather([_digest([sample]) for sample in samples])]
     shared = sum(map(len, seen)) - len(frozenset().union(*seen))
     if len(set(seen)) < len(seen):
         raise ValueError(
             "dataset: several processes have the same calibration samples, which "
-            "would count as often; allowed are own ones for each, such as "
+            "would count several times; allowed are own ones for each, such as "
             "samples[rank::world_size]"
         )
     if shared:
@@ -111,34 +120,28 @@ def _check_samples(samples: Sequence[Tensor]) -> None:
         )
 
 
-def _check_folders(folders: Mapping[str, str | None]) -> None:
-    for name, mine in folders.items():
-        paths = gather(None if mine is None else os.path.realpath(mine))
-        if len(set(paths) - {None}) < len([path for path in paths if path]):
-            raise ValueError(
-                f"{name}={str(mine)!r}: several processes would write the same files; "
-                "allowed is a folder for each, such as its name with the rank behind "
-                "it; what they export is the same, so keep any of them"
-            )
+def _check_exports(folder: str | None) -> None:
+    if any(gather(bool(envs.AR_RESUME_DIR))):
+        raise NotImplementedError(
+            f"AR_RESUME_DIR with world_size={process_count()}: only the first process "
+            "exports, so the others could not be resumed; unset it"
+        )
+    ranks = [rank for rank, own in enumerate(gather(folder)) if own and rank > 0]
+    if ranks:
+        raise ValueError(f"rank={ranks[0]}: {_ONLY_THE_FIRST_EXPORTS}")
 
 
-def check_progress(done: int) -> None:
-    """Refuse to go on where the processes have tuned different numbers of blocks.
+def check_exporter() -> None:
+    """Refuse an export by another process than the first.
 
-    Args:
-        done: Blocks that this process has tuned before it was killed.
+    `save_pretrained` of transformers 5 writes weights in that one only, so the folder
+    would be left without them.
 
     Raises:
-        ValueError: Others have tuned more, or fewer.
+        ValueError: This is another process.
     """
-    counts = gather(done)
-    if len(set(counts)) > 1:
-        raise ValueError(
-            f"AR_RESUME_DIR: the processes have tuned {counts} blocks, by rank, before "
-            "they ended; allowed are as many in each, because they tune every block "
-            "together; start anew with an empty AR_RESUME_DIR and an empty output "
-            "folder for each"
-        )
+    if not is_first_process():
+        raise ValueError(f"rank={dist.get_rank()}: {_ONLY_THE_FIRST_EXPORTS}")
 
 
 def check_equal_weights(name: str, block: nn.Module) -> None:
@@ -170,29 +173,6 @@ def check_equal_weights(name: str, block: nn.Module) -> None:
             f"tensors to other values ({', '.join(other[:3])}, ...); allowed are equal "
             "ones; use the same versions and kind of device in all of them, or one "
             "process"
-        )
-
-
-def claim_folder(folder: str | Path) -> None:
-    """Refuse that two processes export to one folder.
-
-    No process waits here for another: one of them may export alone.
-
-    Args:
-        folder: Where this process is about to export to.
-
-    Raises:
-        ValueError: Another process has exported to it.
-    """
-    if process_count() == 1:
-        return
-    path, rank = os.path.realpath(folder), str(dist.get_rank())
-    owner = _get_default_store().compare_set(f"vsraq/export/{path}", "", rank).decode()
-    if owner != rank:
-        raise ValueError(
-            f"output_dir={str(folder)!r}: the process of rank {owner} exports to it; "
-            "allowed is a folder for each; what they export is the same, so one export "
-            "is enough: if dist.get_rank() == 0"
         )
 
 

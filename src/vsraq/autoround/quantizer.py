@@ -56,9 +56,8 @@ from vsraq.autoround.next_router import (
 )
 from vsraq.autoround.output_folder import set_leftovers_aside
 from vsraq.autoround.process_checks import (
+    check_exporter,
     check_processes,
-    check_progress,
-    claim_folder,
     model_settings,
 )
 from vsraq.autoround.resumable import export_folders, open_run
@@ -199,7 +198,7 @@ class VSRAQQuantizer(SeveralProcesses):
 
     def _start_export(self, folder: Path) -> None:
         """`quantize_and_save` has taken its folders before it tuned."""
-        claim_folder(folder)
+        check_exporter()
         if not self._owns_output:
             set_leftovers_aside(folder)
 
@@ -242,7 +241,7 @@ class VSRAQQuantizer(SeveralProcesses):
                 unfinished run with other settings.
             NotImplementedError: Its hidden states are not (batch, sequence, hidden),
                 its blocks cannot be run ahead, or several processes tune together
-                behind an algorithm whose parameters each would find for itself.
+                what each would find for itself; see `check_processes`.
         """
         if self._aligned_tokens is not None:
             self._aligned_tokens.end_calibration()
@@ -257,7 +256,6 @@ class VSRAQQuantizer(SeveralProcesses):
         if process_count() > 1:
             self._check_processes(settings, composer)
         self._resumable, self._done = open_run(self._orchestrator, settings)
-        check_progress(self._done)
         for group in self._orchestrator.quant_block_list or self._block_groups():
             cached = (self._orchestrator.inputs or {}).get(group[0])
             if cached is not None:
@@ -369,7 +367,8 @@ class VSRAQQuantizer(SeveralProcesses):
         self, settings: dict[str, str], composer: "AlgorithmComposer | None"
     ) -> None:
         cached: dict[str, Any] = self._orchestrator.inputs or {}
-        blocks = {name for group in self._block_groups() for name in group}
+        groups = self._block_groups() + (self._orchestrator.quant_block_list or [])
+        blocks = {name for group in groups for name in group}
         first: dict[str, Any] = next((cached[n] for n in cached if n in blocks), {})
         check_processes(
             settings | model_settings(self.model, self.calibration_context.seqlen),

@@ -15,6 +15,7 @@ import torch
 from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
 from auto_round.compressors.utils import is_nv_fp
 from auto_round.utils.device_manager import device_manager
+from auto_round.wrapper import WrapperLinear
 from torch import Tensor, nn
 
 from vsraq.autoround.process_checks import check_equal_weights
@@ -139,6 +140,24 @@ class SeveralProcesses(SignRoundQuantizer):
         if process_count() == 1:
             return own
         return mean_over_processes(torch.tensor(own, dtype=torch.float64)).item()
+
+    def _step(self, scaler: Any, optimizer: Any, lr_schedule: Any) -> None:
+        """AutoRound's; then the ranges of all layers are kept within their bounds.
+
+        AutoRound does that in a layer's forward, so not for experts that get no token
+        in this process, while the other processes do.
+        """
+        super()._step(scaler, optimizer, lr_schedule)
+        if self._tuned_block is None:
+            return
+        for module in self._tuned_block.modules():
+            if isinstance(module, WrapperLinear):
+                own: dict[str, Tensor] = vars(module)["params"]
+                weight, activation = module.minmax_scale_bound, (0.0, 1.0)
+                for name in own.keys() & {"min_scale", "max_scale"}:
+                    own[name].data.clamp_(*weight)
+                for name in own.keys() & {"act_min_scale", "act_max_scale"}:
+                    own[name].data.clamp_(*activation)
 
     def _scale_loss_and_backward(self, scaler: Any, loss: Tensor) -> Any:
         """AutoRound's; with several devices, no gradient is left out.
