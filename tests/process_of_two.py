@@ -87,13 +87,18 @@ def message_of(run):
     return "ran"
 
 
+# that of W4A16, 128, does not divide the tiny layers' inputs
+EXPORTED = {"group_size": 32}
+
+
 def recipe(samples, seed=42, **kwargs):
     """The default recipe; the run, and how far held-out logits are from the model's."""
     model = tiny.in_bfloat16(tiny.tiny_model("solar_open"))
     held_out = torch.cat(tiny.calibration(samples=32, seed=1))
     with torch.no_grad():
         expected = model(input_ids=held_out).logits.float().log_softmax(-1)
-    run = autoround(model, VSRAQConfig(iters=ITERS), samples, seed=seed, **kwargs)
+    arguments = {"seed": seed, **EXPORTED, **kwargs}
+    run = autoround(model, VSRAQConfig(iters=ITERS), samples, **arguments)
     quantized, _ = run.quantize()
     with torch.no_grad():
         found = quantized(input_ids=held_out).logits.float().log_softmax(-1)
@@ -115,15 +120,14 @@ def export(rank, folder):
 
 def export_at_once(rank, folder):
     """One process packs and writes block by block, the other tunes."""
-    run = autoround(
-        tiny.in_bfloat16(tiny.tiny_model("solar_open")),
-        VSRAQConfig(iters=1),
-        own_samples(rank),
-    )
-    if rank == 0:
-        run.quantize_and_save(str(folder / "at_once"), "auto_round")
-    else:
-        run.quantize()
+    model = tiny.in_bfloat16(tiny.tiny_model("solar_open"))
+    config = VSRAQConfig(iters=2)
+    with tiny.bfloat16():
+        run = autoround(model, config, own_samples(rank), **EXPORTED)
+        if rank == 0:
+            run.quantize_and_save(str(folder / "at_once"), "auto_round")
+        else:
+            run.quantize()
     return {n: m.weight for n, m in run.model.named_modules() if n.endswith("gate")}
 
 
@@ -253,10 +257,9 @@ def main(folder, rank):
         "uneven": lambda: few_tokens(few, **SEVERAL_DEVICES),
         "nvfp4": lambda: few_tokens(few, "NVFP4"),
         "extension": lambda: tune(
-            tiny.tiny_model("solar_open", **FEW_TOKENS),
+            tiny.tiny_model("solar_open", n_routed_experts=16, num_hidden_layers=1),
             VSRAQConfig(iters=2, enable_alg_ext=True),
             few,
-            scheme="W2A16",
             seqlen=FEW,
         ),
         "masked": lambda: first_loss(
