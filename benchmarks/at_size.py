@@ -13,8 +13,8 @@ resident set), on an accelerator what was allocated there at most; a CPU without
 bfloat16 arithmetic tunes in float32, as AutoRound does.
 
 "kept" is what the router terms and the re-fit keep while a block is tuned, computed for
-512 x 2048 calibration tokens and all 128 experts: 6 bytes per rank that a loss reads, 2
-bytes per logit that the re-fit reads.
+512 x 2048 calibration tokens and all 128 experts: 6 bytes per rank that a loss reads,
+and the logits that the re-fit reads, which have a limit.
 """
 
 import argparse
@@ -161,15 +161,18 @@ def kept_bytes(config: Any) -> int:
     from transformers import SolarOpenConfig
 
     public = SolarOpenConfig()
+    from vsraq.autoround.refit_logits import REFIT_BYTES
+
     top_k, experts = public.num_experts_per_tok, public.n_routed_experts
     bytes_per_token = 0
     if alignment.router_weight != 0:
         bytes_per_token += 6 * config.resolve_objective().ranks(top_k, experts)
     if alignment.next_router_weight != 0:
         bytes_per_token += 6 * config.resolve_next_objective().ranks(top_k, experts)
+    kept = bytes_per_token * AT_SIZE_TOKENS
     if alignment.realign_routers:
-        bytes_per_token += 2 * experts
-    return bytes_per_token * AT_SIZE_TOKENS
+        kept += min(2 * experts * AT_SIZE_TOKENS, REFIT_BYTES)
+    return kept
 
 
 def _child(case: str, arguments: argparse.Namespace, answer: Any) -> None:

@@ -12,9 +12,10 @@ import tiny
 from vsraq import VSRAQConfig, error_weights, routers
 from vsraq.analysis import compare
 from vsraq.analysis.compare import CHUNK_TOKENS
-from vsraq.autoround import VSRAQQuantizer, quantizer
+from vsraq.autoround import VSRAQQuantizer, quantizer, refit_logits
 from vsraq.autoround.checks import check_smoothing
-from vsraq.autoround.full_precision import in_half
+from vsraq.autoround.refit_logits import RefitLogits, in_half
+from vsraq.autoround.step import SampleTokens
 from vsraq.autoround.terms import RouterTerm, split_samples
 from vsraq.error_weights import check_weighted_size
 from vsraq.losses import rank_logits
@@ -125,6 +126,49 @@ def test_logits_too_large_for_half_precision_stay():
     assert in_half(logits).dtype == torch.float16
     large = torch.tensor([[1.0, 1e5]])
     assert torch.equal(in_half(large), large)
+
+
+@pytest.mark.parametrize("calls", [(8, 8), (3, 13), (16,), (4, 4, 4, 4)])
+@pytest.mark.parametrize("rows", [16, 11, 8, 3])
+def test_the_refit_keeps_no_more_than_its_bytes(calls, rows, monkeypatch):
+    monkeypatch.setattr(refit_logits, "REFIT_BYTES", rows * 5 * 2 + 1)
+    logits = torch.randn(sum(calls), 5)
+    kept = RefitLogits("cpu")
+    for call in logits.split(list(calls)):
+        kept.add(call)
+    held = {c.untyped_storage().data_ptr(): c.untyped_storage() for c in kept._calls}
+    assert sum(storage.nbytes() for storage in held.values()) == rows * 5 * 2
+    samples = kept.samples("b", "r", [4] * 4)
+    assert len(samples) == rows // 4  # whole ones, from the first on
+    assert all(len(sample) == 4 for sample in samples)
+    if samples:
+        expected = logits[: rows // 4 * 4].half()
+        assert torch.equal(torch.cat(samples), expected)
+
+
+def test_missing_tokens_are_no_limit():
+    kept = RefitLogits("cpu")
+    kept.add(torch.randn(11, 5))
+    with pytest.raises(RuntimeError, match="saw 11 tokens, the block 16"):
+        kept.samples("b", "r", [4] * 4)
+
+
+def test_a_refit_with_some_of_the_samples(quantize, vsraq_log, monkeypatch):
+    """The same as a run that has only those, as far as the first router."""
+    samples = tiny.calibration()
+    config = {"iters": 1, "router_weight": 0, "next_router_weight": 0, "lr": 1e-9}
+
+    def line(**kwargs):
+        vsraq_log.clear()
+        config_ = VSRAQConfig(**config, realign_routers=True)
+        quantize(tiny.tiny_model("solar_open"), config_, **kwargs)
+        return next(m for m in vsraq_log if "held-out logit error" in m)
+
+    few = line(dataset=samples[:4], nsamples=4)
+    assert line(dataset=samples) != few
+    four = 4 * tiny.SEQLEN * tiny.EXPERTS * 2
+    monkeypatch.setattr(refit_logits, "REFIT_BYTES", four + tiny.SEQLEN * 2)
+    assert line(dataset=samples) == few
 
 
 @pytest.mark.parametrize("calls", [(8, 8), (3, 13), (16,), (4, 4, 4, 4)])
@@ -247,8 +291,8 @@ def test_the_benchmark_at_size_runs(case):
     result = at_size.run_case(case, arguments)
     assert result["peak"] > 2**27
     assert 0 < result["iteration"] < result["seconds"]
-    # 24 ranks of 6 bytes for each of two losses, 128 logits of 2 bytes
-    kept = (2 * 24 * 6 + 128 * 2) * 512 * 2048
+    # 24 ranks of 6 bytes for each of two losses, and the limit of the re-fit
+    kept = 2 * 24 * 6 * 512 * 2048 + refit_logits.REFIT_BYTES
     assert result["kept"] == (0 if case == "AutoRound" else kept)
     assert set(at_size.CASES) >= {"own term", "next router", "re-fit, weighted"}
 

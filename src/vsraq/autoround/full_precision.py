@@ -4,12 +4,12 @@
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from vsraq.autoround.config import Alignment, RankBy
+from vsraq.autoround.refit_logits import RefitLogits
 from vsraq.autoround.terms import BlockTensors, split_samples
 from vsraq.capture import RouterCapture
 from vsraq.losses import FpLogits
@@ -36,16 +36,6 @@ def ranking_of(
     if rank_by == "logits":
         return None
     return selection_ranking(router, logits, bias)
-
-
-def in_half(logits: Tensor) -> Tensor:
-    """Logits in float16, or as they are where one of them is too large for it.
-
-    The re-fit keeps those of every token and expert. Its rounding, 2^-12 of a logit, is
-    an eighth of that of the bfloat16 inputs that they were computed from.
-    """
-    half = logits.to(torch.float16)
-    return half if half.isfinite().all() else logits
 
 
 class _CaptureHandle:
@@ -75,7 +65,6 @@ class _Call:
     """What is kept of one call of a router."""
 
     target: FpLogits | None  # of the own routers' loss
-    logits: Tensor | None  # (T, E), of the re-fit
     selected: Tensor | None  # (T, K), int16; None if nobody knows what it chooses
 
 
@@ -86,8 +75,8 @@ class FpRouters:
     Attributes:
         targets: By router name, what the own routers' loss compares each calibration
             sample with; empty if there is no such loss.
-        logits: By router name, the logits of each sample, (T, E); empty if no router is
-            re-fitted.
+        logits: By router name, the logits of each sample, (T, E), or of as many samples
+            as `REFIT_BYTES` hold; empty if no router is re-fitted.
         selected: By router name, the experts that each token chose, (T, K); routers of
             unknown rules are missing.
     """
@@ -123,6 +112,13 @@ class FullPrecisionCapture:
         self._own_term = alignment.router_weight != 0
         self._what: Compared = objective.compares if self._own_term else "logits"
         self._capture = RouterCapture(block, routers, self._keep, self._what)
+        self._refit = self._empty_refit()
+
+    def _empty_refit(self) -> dict[str, RefitLogits]:
+        if not self._alignment.realign_routers:
+            return {}
+        routers = self._capture.routers
+        return {router.name: RefitLogits(self._cache_device) for router in routers}
 
     def open(self) -> _CaptureHandle:
         """Register the hooks.
@@ -137,6 +133,7 @@ class FullPrecisionCapture:
         """Remove the hooks and forget what was kept."""
         self._capture.close()
         self._capture.clear()
+        self._refit = {}
 
     def _keep(self, router: Router, values: Tensor) -> _Call:
         bias = correction_bias(self._block, router)
@@ -148,10 +145,9 @@ class FullPrecisionCapture:
         if router.rule is not None:
             selected = select_experts(router, logits, bias).to(torch.int16)
             selected = selected.to(self._cache_device)
-        kept = None
-        if self._alignment.realign_routers:
-            kept = in_half(logits).to(self._cache_device)
-        return _Call(self._target(router, values, bias), kept, selected)
+        if self._refit:
+            self._refit[router.name].add(logits)
+        return _Call(self._target(router, values, bias), selected)
 
     def _target(
         self, router: Router, values: Tensor, bias: Tensor | None
@@ -192,6 +188,7 @@ class FullPrecisionCapture:
                     "let AutoRound run the reference forward (reference_output=None) "
                     f"if the caller skips it; else: {error}"
                 ) from error
+            self._refit = self._empty_refit()
             with self._capture, torch.no_grad(), eager():
                 forward()
                 kept = self._capture.take()
@@ -200,10 +197,9 @@ class FullPrecisionCapture:
             own = [call.target for call in calls if call.target is not None]
             if own:
                 targets[router] = split_samples(name, router, own, tensors.tokens)
-            whole = [call.logits for call in calls if call.logits is not None]
-            if whole:
-                split = split_samples(name, router, whole, tensors.tokens)
-                logits[router] = cast(list[Tensor], split)
+            if router in self._refit:
+                kept_logits = self._refit.pop(router)
+                logits[router] = kept_logits.samples(name, router, tensors.tokens)
             chosen = [call.selected for call in calls if call.selected is not None]
             if chosen:
                 selected[router] = torch.cat(chosen)

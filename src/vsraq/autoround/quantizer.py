@@ -60,6 +60,7 @@ from vsraq.autoround.process_checks import (
     check_processes,
     model_settings,
 )
+from vsraq.autoround.refit_logits import REFIT_BYTES
 from vsraq.autoround.resumable import export_folders, open_run
 from vsraq.autoround.resume_guard import ResumableRun
 from vsraq.autoround.routing_pass import selected_experts
@@ -785,7 +786,7 @@ class VSRAQQuantizer(SeveralProcesses):
         mask = getattr(self, "_cached_valid_token_mask", None)
 
         def samples() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-            for batch in tensors.batches(self.block_forward.batch_size):
+            for batch in tensors.batches(self.block_forward.batch_size, len(fp_logits)):
                 forward = partial(
                     self.block_forward.forward,
                     block,
@@ -799,6 +800,15 @@ class VSRAQQuantizer(SeveralProcesses):
                 own = flat.split([len(z) for z in logits])
                 for i, x, z in zip(batch, own, logits, strict=True):
                     yield x, z, self._counted(self._mask(mask, [i]), [i])
+        if len(fp_logits) < len(tensors.fp_outputs):
+            logger.info(
+                "vsraq: router %s: re-fitted on the first %d of %d samples, whose "
+                "logits are %d MB",
+                name,
+                len(fp_logits),
+                len(tensors.fp_outputs),
+                REFIT_BYTES // 10**6,
+            )
 
         with torch.no_grad(), eager():
             refit = refit_router(

@@ -45,9 +45,9 @@ class BlockTensors:
         # some families have several streams of hidden states behind these two
         return [output.shape[0] * output.shape[1] for output in self.fp_outputs]
 
-    def batches(self, batch_size: int) -> list[list[int]]:
-        """All samples in order, `batch_size` at a time."""
-        samples = list(range(len(self.fp_outputs)))
+    def batches(self, batch_size: int, count: int | None = None) -> list[list[int]]:
+        """The first `count` samples in order, or all, `batch_size` at a time."""
+        samples = list(range(len(self.fp_outputs)))[:count]
         return [samples[i : i + batch_size] for i in samples[::batch_size]]
 
     def reference(self, samples: Sequence[int]) -> Tensor:
