@@ -20,6 +20,7 @@ from auto_round.utils.offload import OffloadManager
 from torch import Tensor, nn
 
 from vsraq.autoround.block_copy import copy_block
+from vsraq.autoround.look_ahead_device import look_ahead_device
 from vsraq.capture import router_input
 from vsraq.routers import (
     Compared,
@@ -53,7 +54,7 @@ class NextRouter:
         name: The router's qualified name in the model.
         router: The router, named relative to the last block.
         blocks: One or more following blocks; the last one holds the router.
-        runner: AutoRound's runner, for its batches, precision and device.
+        runner: AutoRound's runner, for its batches and precision.
     """
 
     def __init__(
@@ -91,17 +92,15 @@ class NextRouter:
         Returns:
             (B * S, E) or (B * S, H), float32.
         """
-        device = self._runner.device
         _, others = self._runner.select_batch({}, input_others, torch.tensor(samples))
-        hidden_states = hidden_states.to(device)
-        others = to_device(others, device)
 
         def forward(block: nn.Module, hidden_states: Tensor) -> Tensor:
+            device = next(block.parameters()).device
             # AutoRound's function changes the mapping that it is given.
             return block_forward(
                 block,
-                hidden_states,
-                dict(others),
+                hidden_states.to(device),
+                dict(to_device(others, device)),
                 self._runner.amp,
                 self._runner.amp_dtype,
                 device,
@@ -145,7 +144,7 @@ def load_without_experts(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> nn.Module:
-    """A block of the model, on the device, without its experts.
+    """A block of the model, on its device, without its experts.
 
     The block of the model itself is not touched. Tensors that are in memory are shared
     with it, as far as they are on the device; those that are on disk are read from
@@ -157,7 +156,7 @@ def load_without_experts(
         routers: The model's routers.
         offloader: AutoRound's, which knows where tensors that are not loaded lie.
         dtype: For weights that no device computes with as they are (FP8).
-        device: Where the block shall run.
+        device: Where the block shall run, unless AutoRound's device map names another.
 
     Raises:
         RuntimeError: Tensors are neither in memory nor on disk.
@@ -174,5 +173,6 @@ def load_without_experts(
             "its router's input cannot be computed; pass next_router_weight=0, or load "
             "the model into memory before AutoRound gets it"
         )
+    device = look_ahead_device(loaded, device)
     convert_module_to_hp_if_necessary(loaded, dtype, device)
     return loaded.to(device).eval()

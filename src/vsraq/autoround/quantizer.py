@@ -596,7 +596,8 @@ class VSRAQQuantizer(SeveralProcesses):
             )
             return None
         blocks, router = found
-        device = self.block_forward.device
+        # an automatic device map keeps the block's output off a card that is full
+        device = getattr(self, "_loss_device", None) or self.block_forward.device
         loaded = [
             load_without_experts(
                 self.model,
