@@ -128,8 +128,23 @@ def test_selected_at_the_start_of_the_run(quantize, vsraq_log):
     assert same(computed, tuned(quantize, config(tau=0.05)))
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["ra", "sra"])
-def test_gradient_accumulation_is_the_undivided_batch(masked, quantize, monkeypatch):
+NEXT = {"router_weight": 0.0, "next_router_weight": 100.0}
+ACCUMULATED = {
+    "own": {"router_weight": 100.0, "next_router_weight": 0.0},
+    "next": NEXT,
+    "default": {
+        "router_weight": "auto",
+        "next_router_weight": "auto",
+        "auto_ratio": 1.0,
+    },
+}
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all", "selected"])
+@pytest.mark.parametrize("parts", ACCUMULATED.values(), ids=ACCUMULATED)
+def test_gradient_accumulation_is_the_undivided_batch(
+    parts, masked, quantize, monkeypatch, terms
+):
     """Eq. 8 over the tokens of the step: 8 micro-batches of 1 are one batch of 8."""
     step = VSRAQQuantizer._step
     gradients = []
@@ -148,23 +163,30 @@ def test_gradient_accumulation_is_the_undivided_batch(masked, quantize, monkeypa
         ids[:, 20:] = 0
     mask = {"token_mask": mask_of(masks, samples)} if masked else {}
 
-    def first_gradients(router_weight, batch_size, steps):
+    def first_gradients(parts, batch_size, steps):
         gradients.clear()
         own = config(
             "sra" if masked else "ra",
-            router_weight=router_weight,
             iters=1,
             gradient_accumulate_steps=steps,
-            **mask,
+            **{"realign_routers": False} | parts | mask,
         )
         run = {"batch_size": batch_size, "amp": False, "dataset": samples}
         tuned(quantize, own, **run)
-        return gradients[0] / (1 if steps == 1 else 8 * tiny.SEQLEN * 64)
+        weights = [term.weight for term in terms[0][1].values()]
+        terms.clear()
+        return gradients[0] / (1 if steps == 1 else 8 * tiny.SEQLEN * 64), weights
 
-    at_once, accumulated = first_gradients(100.0, 8, 1), first_gradients(100.0, 1, 8)
+    at_once, weights_at_once = first_gradients(parts, 8, 1)
+    accumulated, weights = first_gradients(parts, 1, 8)
+    assert weights == pytest.approx(weights_at_once, rel=1e-3)
     close = {"rtol": 1e-3, "atol": 1e-3 * at_once.abs().mean().item()}
     torch.testing.assert_close(accumulated, at_once, **close)
-    reconstruction = first_gradients(1e-9, 8, 1)
+    reconstruction, _ = first_gradients(
+        {name: 1e-9 for name, value in parts.items() if "weight" in name and value},
+        8,
+        1,
+    )
     router = (at_once - reconstruction).abs().mean()
     assert router > 0.1 * reconstruction.abs().mean()  # so the term is in it
 

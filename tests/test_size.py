@@ -213,12 +213,34 @@ def test_every_second_sample_is_looked_at(count, masked):
     )
     samples = [6, 1, 4, 0, 3][:count]
     mask = torch.tensor([1, 0, 1] * count) if masked else None
-    loss = term.loss(torch.zeros(count, 3, 2), samples, mask)
+    looked_at = term.looked_at(samples)
+    loss = term.loss(torch.zeros(count, 3, 2), samples, mask, looked_at)
     assert seen == samples[::2]
-    term.every_second = False
     half = None if mask is None else mask[: 3 * len(samples[::2])]
-    whole = term.loss(torch.zeros(len(seen), 3, 2), samples[::2], half)
+    whole = term.loss(torch.zeros(len(seen), 3, 2), samples[::2], half, looked_at)
     assert loss.item() == whole.item()
+
+
+def test_a_micro_batch_that_is_not_looked_at_costs_nothing():
+    def q_values(output, samples):
+        raise AssertionError("the next block was run")
+
+    objective = get_objective("topk_mse")
+    routers = (Router("gate", 2, 6),)
+    term = RouterTerm("next router", objective, 1.0, routers, {}, q_values, True)
+    looked_at = term.looked_at([5, 2, 7, 1])
+    assert looked_at == [5, 7]
+    assert term.loss(torch.zeros(2, 3, 2), [2, 1], None, looked_at) is None
+
+
+def test_micro_batches_count_by_the_tokens_that_are_looked_at():
+    tokens = SampleTokens([3, 4, 5, 6], [1, 2, 0, 6])
+    step, looked_at = [0, 1, 2, 3], [0, 1]
+    assert tokens.weight(step, step, looked_at) == 1
+    # 3 counted tokens of 18 valid ones in the step
+    assert tokens.weight([0, 2], step, looked_at) == pytest.approx(1 / 8 * 18 / 3)
+    assert tokens.weight([2, 3], step, looked_at) == 0
+    assert tokens.weight([0, 2], step, [2]) == 0  # nothing is selected there
 
 
 # ── checks ────────────────────────────────────────────────────────────────────

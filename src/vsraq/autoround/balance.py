@@ -5,8 +5,9 @@ SignRound steps by the sign of the gradient's sum, so what counts is how large o
 loss's gradient is beside the other's, not how large the losses are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from typing import TypeAlias
 
 import torch
 from auto_round.wrapper import WrapperLinear
@@ -15,28 +16,31 @@ from torch import Tensor, nn
 from vsraq.autoround.terms import RouterTerm
 from vsraq.processes import process_count, sum_over_processes
 
+# Runs a micro-batch. Returns, attached to the graph, its reconstruction error, None if
+# no weight is automatic, and its losses, None where a term looks at no sample of it.
+MicroBatch: TypeAlias = Callable[[], tuple[Tensor | None, Sequence[Tensor | None]]]
+
 
 def balance_terms(
     block: nn.Module,
     terms: Sequence[RouterTerm],
-    losses: Sequence[Tensor],
-    reconstruction: Tensor | None,
+    micro_batches: Sequence[MicroBatch],
     auto_ratio: float,
 ) -> int:
     """Fill in what each term reaches, and each weight that is "auto".
 
     An automatic weight is auto_ratio * |g_reconstruction| / |g_router|, each the sum
     of the gradient's magnitudes over the tuned parameters that the router loss
-    reaches; 0 if it reaches none. Several processes add up those sums, and what one of
+    reaches; 0 if it reaches none. The gradients are those of a step, so they are added
+    up over its micro-batches. Several processes add up those sums, and what one of
     them reaches is reached.
 
     Args:
         block: The block, its layers wrapped by AutoRound.
         terms: Its router terms; `reached`, `reaches_something` and an automatic
             `weight` are set.
-        losses: Their losses on some samples, attached to the graph.
-        reconstruction: The mean reconstruction error on the same samples, attached to
-            the same graph; None if no weight is automatic.
+        micro_batches: Of a step; each runs the block and returns its shares of the
+            step's losses.
         auto_ratio: Strength of the automatic weights, > 0.
 
     Returns:
@@ -49,12 +53,11 @@ def balance_terms(
         [p for p in vars(m)["params"].values() if p.requires_grad] for m in wrapped
     ]
     parameters = [parameter for layer in layers for parameter in layer]
-    other = _of_all_processes(_magnitudes(reconstruction, parameters, keep_graph=True))
-    for index, (term, loss) in enumerate(zip(terms, losses, strict=True), start=1):
-        # the last frees the activations on its way, as a step of the tuning does
-        own = _of_all_processes(
-            _magnitudes(loss, parameters, keep_graph=index < len(terms))
-        )
+    other, *owns = (
+        _of_all_processes(magnitudes)
+        for magnitudes in _step_magnitudes(micro_batches, len(terms), parameters)
+    )
+    for term, own in zip(terms, owns, strict=True):
         position = 0
         for layer, linear in zip(layers, is_linear, strict=True):
             magnitudes = own[position : position + len(layer)]
@@ -69,16 +72,40 @@ def balance_terms(
     return sum(is_linear)
 
 
+def _step_magnitudes(
+    micro_batches: Sequence[MicroBatch], terms: int, parameters: Sequence[Tensor]
+) -> Iterator[list[float | None]]:
+    """Gradient magnitudes of a step: of the reconstruction error, then of each term.
+
+    A step of one micro-batch is computed once; with more, every loss computes each of
+    them anew, because their graphs together would not fit.
+    """
+    *before, last = micro_batches
+    kept: Sequence[Tensor | None] | None = None
+    for index in range(terms + 1):
+        for micro_batch in before:
+            reconstruction, losses = micro_batch()
+            loss = (reconstruction, *losses)[index]
+            if loss is not None and loss.requires_grad and parameters:
+                loss.backward(inputs=list(parameters))
+            del reconstruction, losses, loss
+        if kept is None or before:
+            reconstruction, losses = last()
+            kept = (reconstruction, *losses)
+        # the last frees the activations on its way, as a step of the tuning does
+        keep_graph = not before and index < terms
+        yield _magnitudes(kept[index], parameters, keep_graph=keep_graph)
+
+
 def _magnitudes(
     loss: Tensor | None, parameters: Sequence[Tensor], *, keep_graph: bool
 ) -> list[float | None]:
     """Sum of the gradient's magnitudes per parameter; None where there is no path.
 
     Each gradient is summed and dropped as soon as it is complete. All of a block's
-    experts together would be 4 bytes for every one of their weights.
+    experts together would be 4 bytes for every one of their weights. Gradients that
+    are there already, of other micro-batches, take part.
     """
-    if loss is None or not loss.requires_grad or not parameters:
-        return [None] * len(parameters)
     sums: dict[Tensor, Tensor] = {}  # tensors are keys by identity
 
     def drop(parameter: Tensor) -> None:
@@ -86,10 +113,14 @@ def _magnitudes(
             sums[parameter] = parameter.grad.abs().sum()
             parameter.grad = None
 
-    with ExitStack() as hooks:
-        for parameter in parameters:
-            hooks.callback(parameter.register_post_accumulate_grad_hook(drop).remove)
-        loss.backward(retain_graph=keep_graph, inputs=list(parameters))
+    if loss is not None and loss.requires_grad and parameters:
+        with ExitStack() as hooks:
+            for parameter in parameters:
+                handle = parameter.register_post_accumulate_grad_hook(drop)
+                hooks.callback(handle.remove)
+            loss.backward(retain_graph=keep_graph, inputs=list(parameters))
+    for parameter in parameters:  # that this micro-batch does not reach
+        drop(parameter)
     # only now, because every one of them waits for its device
     return [s.item() if (s := sums.get(p)) is not None else None for p in parameters]
 

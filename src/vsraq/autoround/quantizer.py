@@ -65,6 +65,7 @@ from vsraq.autoround.resumable import export_folders, open_run
 from vsraq.autoround.resume_guard import ResumableRun
 from vsraq.autoround.routing_pass import selected_experts
 from vsraq.autoround.several_processes import SeveralProcesses
+from vsraq.autoround.step import SampleTokens, count_tokens
 from vsraq.autoround.terms import (
     NEXT_ROUTER,
     OWN_ROUTER,
@@ -78,7 +79,6 @@ from vsraq.losses import FpLogits
 from vsraq.processes import (
     mean_over_processes,
     process_count,
-    sum_over_processes,
     with_common_value,
 )
 from vsraq.realignment import refit_router
@@ -556,7 +556,8 @@ class VSRAQQuantizer(SeveralProcesses):
                     terms.append(self._next_term(name, next_router, tensors))
             if not terms:
                 return tune()
-            run = BlockRun(name, terms, not self.not_use_best_mse)
+            keep_best = not self.not_use_best_mse
+            run = BlockRun(name, terms, keep_best, self._sample_tokens(tensors))
             stack.enter_context(_without_checkpointing(block))
             stack.enter_context(self._tuning(run, tensors))
             best_params = tune()
@@ -689,36 +690,49 @@ class VSRAQQuantizer(SeveralProcesses):
     ) -> None:
         """Find which layers each term reaches, and balance automatic weights."""
         automatic = any(term.weight == "auto" for term in run.terms)
-        # A micro-batch, not one sample: experts that get no token look unreached.
         valid_token_mask = getattr(self, "_cached_valid_token_mask", None)
-        batches = tensors.batches(self.block_forward.batch_size)
+        batch_size = self.block_forward.batch_size
+        # A step, not one sample: experts that get no token look unreached. Without a
+        # selected token none is reached.
+        steps = tensors.batches(batch_size * self.gradient_accumulate_steps)
+        step = max(steps, key=lambda samples: run.tokens.share(samples, samples))
+        looked_at = [term.looked_at(step) for term in run.terms]
+        reconstruction_of = super()._get_loss
 
-        # without a selected token none is reached
-        samples = max(batches, key=partial(self._selected_share, valid_token_mask))
-        mask = self._mask(valid_token_mask, samples)
-        with torch.enable_grad(), eager():
+        def losses(samples: list[int]) -> tuple[Tensor | None, list[Tensor | None]]:
             output = self.block_forward.forward(
                 block, tensors.inputs, tensors.others, torch.tensor(samples)
             )
+            mask = self._mask(valid_token_mask, samples)
             # a masked sample's share, as in _get_loss
             share = 1.0 if mask is None else mask.float().mean().item()
             counted = self._counted(mask, samples)
-            losses = [share * term.loss(output, samples, counted) for term in run.terms]
-            reconstruction = None
-            if automatic:
-                reconstruction = super()._get_loss(
-                    output,
-                    tensors.reference(samples).to(output.device),
-                    samples,
-                    nn.MSELoss(),
-                    output.device,
-                    valid_token_mask,
-                )
+            of_step = len(samples) / len(step)  # AutoRound's average
+            own: list[Tensor | None] = []
+            for term, looked in zip(run.terms, looked_at, strict=True):
+                loss = term.loss(output, samples, counted, looked)
+                weight = of_step * share * run.tokens.weight(samples, step, looked)
+                own.append(None if loss is None else weight * loss)
+            if not automatic:
+                return None, own
+            reconstruction = reconstruction_of(
+                output,
+                tensors.reference(samples).to(output.device),
+                samples,
+                nn.MSELoss(),
+                output.device,
+                valid_token_mask,
+            )
+            return of_step * reconstruction, own
+
+        with torch.enable_grad(), eager():
             run.quantized = balance_terms(
                 block,
                 run.terms,
-                losses,
-                reconstruction,
+                [
+                    partial(losses, step[i : i + batch_size])
+                    for i in range(0, len(step), batch_size)
+                ],
                 self._alignment.auto_ratio,
             )
 
@@ -785,6 +799,15 @@ class VSRAQQuantizer(SeveralProcesses):
         """Re-fit one router of the tuned block, before its output feeds the next."""
         module = block.get_submodule(router.name)
         mask = getattr(self, "_cached_valid_token_mask", None)
+        if len(fp_logits) < len(tensors.fp_outputs):
+            logger.info(
+                "vsraq: router %s: re-fitted on the first %d of %d samples, whose "
+                "logits are %d MB",
+                name,
+                len(fp_logits),
+                len(tensors.fp_outputs),
+                REFIT_BYTES // 10**6,
+            )
 
         def samples() -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
             for batch in tensors.batches(self.block_forward.batch_size, len(fp_logits)):
@@ -801,15 +824,6 @@ class VSRAQQuantizer(SeveralProcesses):
                 own = flat.split([len(z) for z in logits])
                 for i, x, z in zip(batch, own, logits, strict=True):
                     yield x, z, self._counted(self._mask(mask, [i]), [i])
-        if len(fp_logits) < len(tensors.fp_outputs):
-            logger.info(
-                "vsraq: router %s: re-fitted on the first %d of %d samples, whose "
-                "logits are %d MB",
-                name,
-                len(fp_logits),
-                len(tensors.fp_outputs),
-                REFIT_BYTES // 10**6,
-            )
 
         with torch.no_grad(), eager():
             refit = refit_router(
@@ -862,11 +876,15 @@ class VSRAQQuantizer(SeveralProcesses):
             share = valid.sum() / valid.numel()
         total = reconstruction
         counted = self._counted(valid, samples)
-        weight = self._weight_in_step(valid_token_mask, samples)
+        step = self._step_of(samples)
         current = run.current
         for term in run.terms:
-            loss = term.loss(pred_output, samples, counted).to(reconstruction.device)
-            loss = weight * loss
+            looked_at = term.looked_at(step)
+            loss = term.loss(pred_output, samples, counted, looked_at)
+            if loss is None:
+                continue
+            weight = run.tokens.weight(samples, step, looked_at, over_processes=True)
+            loss = weight * loss.to(reconstruction.device)
             current.add(term.label, loss)
             # One that nothing moves differs by micro-batch only, and would choose the
             # best iteration by that.
@@ -894,46 +912,36 @@ class VSRAQQuantizer(SeveralProcesses):
         self._step_samples = [int(i) for i in indices]
         return super()._get_non_zero_cnt(tensor, indices)
 
-    def _weight_in_step(
-        self, valid_token_mask: list[Tensor] | None, samples: list[int]
-    ) -> float:
-        """What a micro-batch's mean over selected tokens counts in its step.
+    def _step_of(self, samples: list[int]) -> list[int]:
+        """All samples of the step that a micro-batch is in.
 
-        AutoRound adds up micro-batches, and averages processes, by their valid tokens.
-        A mean over selected tokens counts by those, so that the step is SRA's Eq. 8
-        over all of its tokens, those of every process:
-        (selected here / selected in the step) * (valid in the step / valid here).
+        Without a mask (single blocks, of llm-compressor) AutoRound does not say them.
+        Every token counts there, and every micro-batch is as good as a step.
+
+        Raises:
+            RuntimeError: AutoRound did not say them, and tokens are selected.
         """
-        one_batch = self.gradient_accumulate_steps == 1
-        if self.token_mask is None or (one_batch and process_count() == 1):
-            return 1.0
-        step = samples if one_batch else self._step_samples
-        if not set(samples) <= set(step):
-            raise RuntimeError(
-                "AutoRound did not say which samples a step has, so the mean over its "
-                "selected tokens is unknown; allowed with token selection is "
-                "gradient_accumulate_steps=1 here"
-            )
-        selected = self.token_mask.of_samples(step)
-        valid = self._mask(valid_token_mask, step)
-        valid = torch.ones_like(selected) if valid is None else valid.cpu().bool()
-        own = torch.stack([(selected & valid).sum(), valid.sum()])
-        selected_in_step, valid_in_step = sum_over_processes(own).tolist()
-        if selected_in_step == 0:
-            return 0.0
-        here = self._selected_share(valid_token_mask, samples)
-        return here / float(selected_in_step / valid_in_step)
+        if self.gradient_accumulate_steps == 1:
+            return samples
+        if set(samples) <= set(self._step_samples):
+            return self._step_samples
+        if self.token_mask is None:
+            return samples
+        raise RuntimeError(
+            "AutoRound did not say which samples a step has, so the mean over its "
+            "selected tokens is unknown; allowed with token selection is "
+            "gradient_accumulate_steps=1 here"
+        )
 
-    def _selected_share(
-        self, valid_token_mask: list[Tensor] | None, samples: Sequence[int]
-    ) -> float:
-        """Share of the valid tokens of some samples that count for the routers."""
-        valid = self._mask(valid_token_mask, samples)
-        counted = self._counted(valid, samples)
-        if counted is None:
-            return 1.0
-        total = counted.numel() if valid is None else int(valid.sum())
-        return int(counted.sum()) / max(total, 1)
+    def _sample_tokens(self, tensors: BlockTensors) -> SampleTokens:
+        """Tokens of each calibration sample that are valid, and that count."""
+        valid_token_mask = getattr(self, "_cached_valid_token_mask", None)
+
+        def masks(sample: int) -> tuple[Tensor | None, Tensor | None]:
+            valid = self._mask(valid_token_mask, [sample])
+            return valid, self._counted(valid, [sample])
+
+        return count_tokens(tensors.tokens, masks)
 
     def _reconstruction_is_sum(self, loss_func: Callable[..., Tensor]) -> bool:
         # AutoRound's outlier-suppressed loss (alg_ext) averages whatever loss_func is.

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from vsraq.autoround.step import SampleTokens
 from vsraq.losses import FpLogits, RankedLogits, reduce_tokens
 from vsraq.objectives import Objective
 from vsraq.routers import Router
@@ -67,9 +68,9 @@ class RouterTerm:
         routers: The routers it compares.
         fp_targets: By router name, what each sample has in full precision.
         q_values: How the logits, or inputs, of a micro-batch are got.
-        every_second: Whether only every second sample of a micro-batch is looked at.
-            They are drawn anew in each iteration, so that the mean stays what it is,
-            and a look ahead costs half.
+        every_second: Whether only every second sample of a step is looked at. They
+            are drawn anew in each iteration, so that the mean stays what it is, and a
+            look ahead costs half.
         reached: Quantized layers of the block that the term depends on.
         reaches_something: Whether any tuned parameter depends on it.
     """
@@ -84,21 +85,42 @@ class RouterTerm:
     reached: int = 0
     reaches_something: bool = False
 
-    def loss(self, output: Tensor, samples: list[int], mask: Tensor | None) -> Tensor:
-        """Mean over routers and valid tokens of a micro-batch.
+    def looked_at(self, step: Sequence[int]) -> Sequence[int]:
+        """The samples of a step that the term looks at.
+
+        Args:
+            step: All of its samples, over all micro-batches, in order.
+        """
+        return step[::2] if self.every_second else step
+
+    def loss(
+        self,
+        output: Tensor,
+        samples: list[int],
+        mask: Tensor | None,
+        looked_at: Sequence[int],
+    ) -> Tensor | None:
+        """Mean over routers and counted tokens of the samples that are looked at.
 
         Args:
             output: The block's output, (B, S, H).
             samples: Which B calibration samples.
             mask: Tokens that count, (T,), or None.
+            looked_at: Samples of the step that count; others are left out.
 
         Returns:
-            A scalar on the device of `output`.
+            A scalar on the device of `output`; None if no sample is looked at, and
+            then nothing was computed.
         """
-        if self.every_second:
+        rows = [row for row, sample in enumerate(samples) if sample in looked_at]
+        if not rows:
+            return None
+        if len(rows) < len(samples):
             if mask is not None:
-                mask = mask.view(len(samples), -1)[::2].flatten()
-            output, samples = output[::2], samples[::2]
+                mask = mask.view(len(samples), -1)[rows].flatten()
+            each = output.unbind()  # its gradient is one copy
+            output = torch.stack([each[row] for row in rows])
+            samples = [samples[row] for row in rows]
         q_values = self.q_values(output, samples)
         losses = []
         for router in self.routers:
@@ -142,11 +164,13 @@ class BlockRun:
         name: Its name in the model.
         terms: Its router losses.
         keep_best: Whether AutoRound keeps the best iteration, not the last.
+        tokens: Tokens of each calibration sample.
     """
 
     name: str
     terms: Sequence[RouterTerm]
     keep_best: bool
+    tokens: SampleTokens
     quantized: int = 0
     iteration: int = 0
     current: Losses = field(default_factory=Losses)
