@@ -5,8 +5,8 @@ STAMP := .venv/installed
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-full test-families test-range test-nightly lint families \
-    bench-overhead bench-routing train-demo clean
+.PHONY: demo test test-full test-families test-range test-nightly test-gpu lint \
+    families bench-overhead bench-routing train-demo clean
 
 demo: $(STAMP)
 	$(BIN)/vsraq demo
@@ -32,6 +32,10 @@ test-range: $(STAMP)
 test-nightly: $(STAMP)
 	$(PYTEST) --full tests/test_killed_runs.py tests/test_verify_fuzz.py \
 	    tests/test_recipe_fuzz.py
+
+# what needs CUDA; elsewhere it says what is missing
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -rs tests/test_gpu.py
 
 families: $(STAMP)
 	$(BIN)/python tests/family_table.py
