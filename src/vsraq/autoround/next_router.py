@@ -18,6 +18,7 @@ from auto_round.utils import convert_module_to_hp_if_necessary
 from auto_round.utils.model import to_device
 from auto_round.utils.offload import OffloadManager
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from vsraq.autoround.block_copy import copy_block
 from vsraq.autoround.look_ahead_device import look_ahead_device
@@ -113,6 +114,21 @@ class NextRouter:
         module = last.get_submodule(self.router.name)
         inputs = router_input(module, lambda: forward(last, hidden_states))
         return router_values(self.router, module, inputs, what)
+
+
+def shares_a_batch(input_others: dict[str, Any], runner: BlockForwardRunner) -> bool:
+    """Whether an argument that all samples share has a dimension of the batch.
+
+    AutoRound keeps the position embeddings of the first batch for all others. Where
+    they have a row per sample (models with images), a block takes whole batches only.
+
+    Args:
+        input_others: What AutoRound has cached for the blocks of this model.
+        runner: AutoRound's runner, which knows what is shared.
+    """
+    shared = [input_others.get(key) for key in runner.shared_cache_keys]
+    tensors = [leaf for leaf in tree_leaves(shared) if isinstance(leaf, Tensor)]
+    return any(tensor.ndim > 1 and tensor.shape[0] > 1 for tensor in tensors)
 
 
 def find_next_router(

@@ -53,6 +53,7 @@ from vsraq.autoround.next_router import (
     NextRouter,
     find_next_router,
     load_without_experts,
+    shares_a_batch,
 )
 from vsraq.autoround.output_folder import set_leftovers_aside
 from vsraq.autoround.process_checks import (
@@ -653,7 +654,7 @@ class VSRAQQuantizer(SeveralProcesses):
             (router,),
             {router.name: split_samples(name, next_router.name, kept, tensors.tokens)},
             q_values,
-            every_second=True,
+            every_second=not shares_a_batch(tensors.others, self.block_forward),
         )
 
     @contextmanager
