@@ -201,10 +201,16 @@ def check_next_router(
     """Refuse runs whose next block cannot be run ahead of its turn.
 
     Raises:
-        NotImplementedError: It is not rotated yet, its arguments are not there yet, or
-            it gets more than the hidden states of the block before it.
+        NotImplementedError: It is not there, not rotated yet, its arguments are not
+            there yet, or it gets more than the hidden states of the block before it.
     """
     blocks = {name for group in get_block_names(model) for name in group}
+    if composer is None and len(blocks) == 1:
+        raise NotImplementedError(
+            f"{WITHOUT_NEXT_ROUTER}: AutoRound was given one block without the model "
+            "around it, as llm-compressor gives it, so the next block is not there; "
+            'allowed are router_weight="auto" and realign_routers=True'
+        )
     classes = {type(model.get_submodule(name)).__name__ for name in blocks}
     several = sorted(classes & _BLOCK_OUTPUT_REGISTRY.keys())
     if several:

@@ -285,6 +285,9 @@ class VSRAQQuantizer(SeveralProcesses):
             self._groups = get_block_names(self.model)
         return self._groups
 
+    def _block_names(self) -> list[str]:
+        return [name for group in self._block_groups() for name in group]
+
     def _group_of(self, block: str) -> list[str]:
         """All blocks of the stack that a block is in, tuned or not."""
         return next((g for g in self._block_groups() if block in g), [block])
@@ -296,13 +299,21 @@ class VSRAQQuantizer(SeveralProcesses):
         alignment, model = self._alignment, type(self.model).__name__
         if composer is not None:
             # not those of a vision tower, say
-            blocks = [name for group in self._block_groups() for name in group]
+            blocks = self._block_names()
             self._routers = tuple(
                 router
                 for router in self._routers
                 if any(router.name.startswith(f"{block}.") for block in blocks)
             )
         routers = self._routers
+        if not routers and composer is None and len(self._block_names()) == 1:
+            # a dense block of a MoE model, or a dense model: one block cannot tell
+            logger.warning(
+                "vsraq: AutoRound was given one block, %s, without a MoE router; it is "
+                "tuned as AutoRound does",
+                type(self.model.get_submodule(self._block_names()[0])).__name__,
+            )
+            return
         if not routers:
             raise ValueError(
                 f"model={model}: it has no MoE router, so a router loss has nothing to "
