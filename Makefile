@@ -5,8 +5,8 @@ STAMP := .venv/installed
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-full test-families test-range test-nightly test-gpu lint \
-    families bench-overhead bench-routing train-demo clean
+.PHONY: demo test test-full test-families test-range test-nightly test-gpu \
+    test-llmcompressor lint families bench-overhead bench-routing train-demo clean
 
 demo: $(STAMP)
 	$(BIN)/vsraq demo
@@ -36,6 +36,20 @@ test-nightly: $(STAMP)
 # what needs CUDA; elsewhere it says what is missing
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -rs tests/test_gpu.py
+
+# an environment of its own, because llmcompressor's metadata forbids our versions
+LLMC := .venv-llmcompressor
+LLMC_PINS := tests/llm_compressor/constraints.txt
+test-llmcompressor: $(LLMC)/installed
+	OMP_NUM_THREADS=1 $(LLMC)/bin/python -m pytest tests/llm_compressor
+
+$(LLMC)/installed: pyproject.toml constraints.txt $(LLMC_PINS)
+	$(PYTHON) -m venv $(LLMC)
+	$(LLMC)/bin/python -m pip install -q --disable-pip-version-check \
+	    -c constraints.txt -c $(LLMC_PINS) -e . pytest loguru nvidia-ml-py pillow
+	$(LLMC)/bin/python -m pip install -q --disable-pip-version-check \
+	    --no-deps -c $(LLMC_PINS) llmcompressor
+	touch $@
 
 families: $(STAMP)
 	$(BIN)/python tests/family_table.py
@@ -68,4 +82,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv dist build
+	rm -rf .venv .venv-llmcompressor dist build
