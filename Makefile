@@ -46,7 +46,7 @@ test-llmcompressor: $(LLMC)/installed
 $(LLMC)/installed: pyproject.toml constraints.txt $(LLMC_PINS)
 	$(PYTHON) -m venv $(LLMC)
 	$(LLMC)/bin/python -m pip install -q --disable-pip-version-check \
-	    -c constraints.txt -c $(LLMC_PINS) -e . pytest loguru nvidia-ml-py pillow
+	    -c constraints.txt -c $(LLMC_PINS) -e . hypothesis pytest loguru nvidia-ml-py pillow
 	$(LLMC)/bin/python -m pip install -q --disable-pip-version-check \
 	    --no-deps -c $(LLMC_PINS) llmcompressor
 	touch $@
