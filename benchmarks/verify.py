@@ -179,6 +179,8 @@ def main():
     parser.add_argument("--width", type=int, default=32)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as root:
+        built: list[Path] = []
+        results: list[object] = []
         building = timed(lambda: built.extend(build(arguments, Path(root))))
         source, export = built
         size = sum(f.stat().st_size for d in built for f in d.iterdir()) / 2**20
@@ -195,5 +197,4 @@ def main():
 
 
 if __name__ == "__main__":
-    built, results = [], []
     main()

@@ -125,16 +125,18 @@ class Sums:
             dequantized: The same of the export, float32.
             groups: G.
         """
-        w = weight.float().unflatten(-1, (groups, -1))
-        e = dequantized.unflatten(-1, (groups, -1)) - w
-        return cls(
-            # torch's own vecdot and vector_norm are slow along short dimensions
-            ww=(w * w).sum(-1),
-            ee=(e * e).sum(-1),
-            we=(w * e).sum(-1),
-            largest=w.abs().amax(-1),
-            size=w.shape[-1],
-        )
+        # GPTQ's packing gives the transpose; numbers far apart in memory are slow
+        by_input = not dequantized.is_contiguous() and dequantized.mT.is_contiguous()
+        if by_input:
+            weight, dequantized = weight.mT.contiguous(), dequantized.mT
+        dim = -2 if by_input else -1
+        w = weight.float().unflatten(dim, (groups, -1))
+        e = dequantized.unflatten(dim, (groups, -1)) - w
+        # torch's own vecdot and vector_norm are slow along short dimensions
+        found = [(a * b).sum(dim) for a, b in ((w, w), (e, e), (w, e))]
+        found.append(w.abs().amax(dim))
+        ww, ee, we, largest = (x.mT if by_input else x for x in found)
+        return cls(ww=ww, ee=ee, we=we, largest=largest, size=w.shape[dim])
 
     @classmethod
     def joined(cls, parts: list["Sums"]) -> "Sums":
