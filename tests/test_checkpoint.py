@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from vsraq import VSRAQConfig
 from vsraq.checkpoint import Checkpoint, CheckpointError, load_model, verify
+from vsraq.cli import main
 
 # its fixtures are made once per process
 pytestmark = pytest.mark.xdist_group("test_checkpoint")
@@ -468,3 +470,15 @@ def test_transformers_still_loads_that_format_wrongly(exports):
     loaded = experts.gate_up_proj[3].chunk(2, dim=0)[1]
     ratio = (loaded.float().norm() / right.norm()).item()
     assert not 0.5 < ratio < 2
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_command_line_shows_progress_on_a_terminal(
+    terminal, exports, capsys, monkeypatch
+):
+    folder, _, source = exports["W4A16-auto_round"]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert main(["verify", str(folder), "--reference", str(source)]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.startswith("Verification(")
+    assert ("verify: 100%" in captured.err) == terminal

@@ -161,7 +161,13 @@ def _quantize(arguments: argparse.Namespace) -> int:
     for path in run(recipe):
         print(f"exported to {path}")
         remote = bool(recipe.runtime.get("trust_remote_code", False))
-        print(f"verified: {verify(path, recipe.model, trust_remote_code=remote)}")
+        found = verify(
+            path,
+            recipe.model,
+            trust_remote_code=remote,
+            progress=sys.stderr.isatty(),
+        )
+        print(f"verified: {found}")
     return 0
 
 
@@ -188,7 +194,13 @@ def _verify(arguments: argparse.Namespace) -> int:
     from vsraq.checkpoint import verify
 
     remote = arguments.trust_remote_code
-    print(verify(arguments.path, arguments.reference, trust_remote_code=remote))
+    found = verify(
+        arguments.path,
+        arguments.reference,
+        trust_remote_code=remote,
+        progress=sys.stderr.isatty(),
+    )
+    print(found)
     return 0
 
 
