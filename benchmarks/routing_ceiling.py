@@ -67,7 +67,7 @@ def kl_with_routing(
     routers = find_routers(fp_model)
     kl = StreamingMean()
     for input_ids in batches:
-        with RouterCapture[Tensor](fp_model, routers, what="inputs") as capture:
+        with RouterCapture[Tensor](fp_model, routers, compared="inputs") as capture:
             fp_logits = fp_model(input_ids=input_ids).logits
             inputs = capture.take()
         with reading(q_model, inputs):

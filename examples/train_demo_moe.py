@@ -47,11 +47,8 @@ from vsraq.demo.run import (
 )
 from vsraq.demo.text import documents
 from vsraq.routers import (
-    Router,
-    correction_bias,
+    BoundRouter,
     find_routers,
-    router_logits,
-    select_experts,
 )
 
 BATCH = 16
@@ -135,19 +132,18 @@ class LoadBalancer:
         device = next(model.parameters()).device
         self.counts = [torch.zeros(r.num_experts, device=device) for r in routers]
         for gate, router, count in zip(self.gates, routers, self.counts, strict=True):
-            bias = correction_bias(model, router)
-            gate.register_forward_pre_hook(partial(self._count, router, bias, count))
+            bound = router.bind(model)
+            gate.register_forward_pre_hook(partial(self._count, bound, count))
 
     @staticmethod
     @torch.no_grad()
     def _count(
-        router: Router,
-        bias: torch.Tensor | None,
+        router: BoundRouter,
         count: torch.Tensor,
-        gate: nn.Module,
+        _gate: nn.Module,
         inputs,
     ) -> None:
-        chosen = select_experts(router, router_logits(gate, inputs[0]), bias)
+        chosen = router.select(router.logits(inputs[0]))
         count += torch.bincount(chosen.flatten(), minlength=len(count))
 
     @torch.no_grad()

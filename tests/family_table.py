@@ -25,7 +25,7 @@ import tiny
 from vsraq import VSRAQConfig
 from vsraq.capture import RouterCapture
 from vsraq.checkpoint import CheckpointError, verify
-from vsraq.routers import correction_bias, expert_containers, find_routers
+from vsraq.routers import expert_containers, find_routers
 
 TABLES = [
     Path(__file__).parents[1] / "docs" / "families.md",
@@ -170,8 +170,7 @@ def check_choice(model, routers, ids):
         if not chosen[router.name]:
             continue
         seen += 1
-        bias = correction_bias(model, router)
-        scores = router.rule.scores(torch.cat(logits[router.name]), bias)
+        scores = router.bind(model).scores(torch.cat(logits[router.name]))
         top_k = router.top_k
         best = scores.topk(top_k + 1)
         clear = best.values[:, top_k - 1] - best.values[:, top_k] > 1e-5

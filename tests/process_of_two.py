@@ -28,7 +28,7 @@ import tiny
 from vsraq import VSRAQConfig
 from vsraq.autoround.process_checks import check_equal_weights
 from vsraq.realignment import refit_router
-from vsraq.routers import correction_bias, find_routers
+from vsraq.routers import find_routers
 from vsraq.token_selection import Sampling, TokenMask
 
 # the second does not exist, and nothing is put there
@@ -187,10 +187,8 @@ def refit(rank):
         router = find_routers(model)[0]
         module = model.get_submodule(router.name)
         report = refit_router(
-            router,
-            module,
+            router.bind(model),
             tiny.refit_samples()[rank::2],
-            bias=correction_bias(model, router),
             weighting=weighting,
         )
         results[weighting] = {"weight": module.weight.detach(), "report": report}

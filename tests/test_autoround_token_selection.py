@@ -23,7 +23,7 @@ from vsraq.autoround.token_selection import TokenRecorder, select_tokens_of_run
 from vsraq.capture import RouterCapture
 from vsraq.checkpoint import load_model
 from vsraq.metrics import routing_shift, sampled_jsd
-from vsraq.routers import correction_bias, find_routers, select_experts
+from vsraq.routers import BoundRouter, find_routers
 from vsraq.token_selection import Sampling, hash_tokens, output_shift
 
 
@@ -65,14 +65,11 @@ def whole_model(model, samples, amp):
     routers = find_routers(model)
     logits, chosen = [], {router.name: [] for router in routers}
 
-    def choose(router, values):
-        return select_experts(router, values, correction_bias(model, router))
-
     for batch in torch.cat(samples).split(4):
         with (
             torch.no_grad(),
             torch.autocast("cpu", torch.bfloat16, enabled=amp),
-            RouterCapture(model, routers, choose) as capture,
+            RouterCapture(model, routers, BoundRouter.select) as capture,
         ):
             out = model(batch, attention_mask=padded(batch), use_cache=False)
             logits += out.logits.unbind()

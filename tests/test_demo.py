@@ -70,7 +70,7 @@ def test_the_embedded_model_has_learnt():
 
 def test_sorting_logits_is_not_selecting_experts():
     from vsraq.capture import RouterCapture
-    from vsraq.routers import correction_bias, find_routers, select_experts
+    from vsraq.routers import find_routers
 
     model = run.load_demo_model()
     windows = run.token_windows(run.load_tokenizer(), "heldout", 4)
@@ -81,7 +81,7 @@ def test_sorting_logits_is_not_selecting_experts():
     differ = 0
     for router in routers:
         (logits,) = kept[router.name]
-        selected = select_experts(router, logits, correction_bias(model, router))
+        selected = router.bind(model).select(logits)
         by_logit = logits.topk(router.top_k).indices
         differ += (selected.sort().values != by_logit.sort().values).any(-1).sum()
     assert differ > 0

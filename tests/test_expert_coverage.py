@@ -11,7 +11,7 @@ from test_autoround import padded
 from vsraq import VSRAQConfig
 from vsraq.capture import RouterCapture
 from vsraq.expert_coverage import FILE_NAME, ExpertCoverage
-from vsraq.routers import correction_bias, find_routers, select_experts
+from vsraq.routers import find_routers
 
 FAMILY = "solar_open"
 PARTS = [
@@ -34,7 +34,7 @@ def expected(model, masks=None):
     counts = {}
     for router in routers:
         logits = torch.cat(kept[router.name])[valid.flatten().bool()]
-        chosen = select_experts(router, logits, correction_bias(model, router))
+        chosen = router.bind(model).select(logits)
         counts[router.name] = torch.bincount(chosen.flatten(), minlength=8).tolist()
     return counts
 

@@ -6,7 +6,7 @@ import torch
 import tiny
 from test_autoround import same, weights
 from vsraq import VSRAQConfig
-from vsraq.routers import correction_bias, find_routers, selection_ranking
+from vsraq.routers import find_routers
 
 
 def config(**kwargs):
@@ -26,8 +26,7 @@ def biased(family="glm4_moe"):
 @pytest.mark.parametrize("realign", [False, True])
 def test_the_ranks_are_those_of_the_routers_choice(realign, quantize, terms):
     model = biased()
-    routers = {r.name: r for r in find_routers(model)}
-    biases = {name: correction_bias(model, r) for name, r in routers.items()}
+    routers = {r.name: r.bind(model) for r in find_routers(model)}
     options = {"next_router_weight": 1.0, "objective": "router_kl", "top_m": 8}
     if realign:
         options["realign_routers"] = True
@@ -40,9 +39,7 @@ def test_the_ranks_are_those_of_the_routers_choice(realign, quantize, terms):
             index = int(block.rpartition(".")[2]) + (0 if own else 1)
             name = f"model.layers.{index}.{router.name}"
             for target in term.fp_targets[router.name]:
-                ranking = selection_ranking(
-                    routers[name], target.logits(), biases[name]
-                )
+                ranking = routers[name].ranking(target.logits())
                 by_logits = target.logits().argsort(-1, descending=True)
                 assert torch.equal(target.indices.long(), ranking)
                 assert not torch.equal(ranking, by_logits)

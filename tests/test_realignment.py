@@ -13,11 +13,20 @@ import tiny
 from vsraq.capture import RouterCapture
 from vsraq.error_weights import error_weights
 from vsraq.realignment import RidgeSums, realign_routers, refit_router
-from vsraq.routers import Router, find_routers, router_logits, select_experts
-from vsraq.selection import SelectionRule
+from vsraq.routers import (
+    BoundRouter,
+    Router,
+    SelectionRule,
+    find_routers,
+    router_logits,
+)
 
 HIDDEN, EXPERTS, TOP_K = 12, 6, 2
-GATE = Router("gate", TOP_K, EXPERTS)
+
+
+def bound(module):
+    """A module that is a router, of no model."""
+    return BoundRouter(Router("gate", TOP_K, EXPERTS), module, module)
 
 
 def least_squares(inputs, residual, ridge, weight=None):
@@ -95,7 +104,7 @@ def test_error_weights():
 def test_every_weighting_helps_what_it_weighs(router, weighting):
     mixing = torch.eye(HIDDEN) + 0.2 * torch.randn(HIDDEN, HIDDEN)
     moved = samples(copy.deepcopy(router), 0.5, mixing, 0)
-    refit = refit_router(GATE, router, moved, weighting=weighting)
+    refit = refit_router(bound(router), moved, weighting=weighting)
     assert refit.applied
     assert refit.after < refit.before
 
@@ -103,15 +112,17 @@ def test_every_weighting_helps_what_it_weighs(router, weighting):
 def test_overlap_follows_the_real_selection():
     """A correction bias that decides alone: no logit changes what is selected."""
     module = nn.Linear(HIDDEN, EXPERTS, bias=False)
-    bias = torch.arange(EXPERTS) * 10.0
     rule = SelectionRule("sigmoid", biased=True)
-    biased = Router("gate", TOP_K, EXPERTS, rule, "gate.bias")
+    description = Router("gate", TOP_K, EXPERTS, rule, "gate.bias")
     moved = samples(copy.deepcopy(module), 0.5, torch.eye(HIDDEN), 0)
-    refit = refit_router(biased, module, moved, bias=bias)
+    bias_owner = nn.Module()
+    bias_owner.register_buffer("bias", torch.arange(EXPERTS) * 10.0)
+    biased = BoundRouter(description, module, bias_owner)
+    refit = refit_router(biased, moved)
     assert refit.before_jaccard == refit.after_jaccard == 1.0
     assert refit.before > 0
     logits = torch.randn(3, EXPERTS)
-    chosen = select_experts(biased, logits, bias)
+    chosen = biased.select(logits)
     assert chosen.tolist() == [[5, 4]] * 3
 
 
@@ -148,7 +159,7 @@ def test_what_a_linear_map_did_is_undone(router):
     mixing = torch.eye(HIDDEN) + 0.1 * torch.randn(HIDDEN, HIDDEN)
     bias = router.bias.clone()
     fp_router = copy.deepcopy(router)
-    refit = refit_router(GATE, router, samples(fp_router, 0.0, mixing, 0), ridge=1e-9)
+    refit = refit_router(bound(router), samples(fp_router, 0.0, mixing, 0), ridge=1e-9)
     assert refit.applied
     assert refit.after < 1e-4 * refit.before
     assert refit.after_jaccard == 1.0 > refit.before_jaccard
@@ -167,7 +178,7 @@ def test_a_router_that_nothing_helps_is_left_alone(router):
         for inputs, target, mask in samples(router, 0.0, torch.eye(HIDDEN), 0, 4, 8):
             yield inputs, target + 10 * torch.randn_like(target), mask
 
-    refit = refit_router(GATE, router, unrelated())
+    refit = refit_router(bound(router), unrelated())
     assert not refit.applied
     assert torch.equal(router.weight, weight)
     assert "left alone" in str(refit)
@@ -175,7 +186,7 @@ def test_a_router_that_nothing_helps_is_left_alone(router):
 
 def test_dtype_and_shape_stay(router):
     router = router.to(torch.bfloat16)
-    refit = refit_router(GATE, router, samples(router, 0.1, torch.eye(12), 0))
+    refit = refit_router(bound(router), samples(router, 0.1, torch.eye(12), 0))
     assert router.weight.dtype == torch.bfloat16
     assert router.weight.shape == (EXPERTS, HIDDEN)
     # the held-out error is that of the weight as it is stored
@@ -195,8 +206,8 @@ def test_masked_tokens_take_no_part(router):
                 mask,
             )
 
-    refit_router(GATE, clean, samples(router, 0.1, mixing, 0))
-    refit_router(GATE, spoiled, with_rubbish())
+    refit_router(bound(clean), samples(router, 0.1, mixing, 0))
+    refit_router(bound(spoiled), with_rubbish())
     assert torch.equal(clean.weight, spoiled.weight)
 
 
@@ -209,8 +220,8 @@ def test_samples_without_a_token_that_counts_are_passed_over(router):
             yield inputs, target, torch.zeros(len(inputs))
             yield inputs, target, torch.ones(len(inputs))
 
-    refit_router(GATE, clean, samples(router, 0.1, mixing, 0))
-    refit_router(GATE, gaps, with_gaps())
+    refit_router(bound(clean), samples(router, 0.1, mixing, 0))
+    refit_router(bound(gaps), with_gaps())
     assert torch.equal(clean.weight, gaps.weight)
 
 
@@ -227,7 +238,7 @@ def test_held_out_samples_do_not_keep_their_batch_alive(router):
         gc.collect()
         assert batches[0]() is None
 
-    refit_router(GATE, router, views())
+    refit_router(bound(router), views())
     assert len(batches) == 2
 
 
@@ -238,13 +249,13 @@ def test_inputs_that_are_not_finite_name_the_router(router):
 
     weight = router.weight.clone()
     with pytest.raises(RuntimeError, match="router gate: its inputs are not finite"):
-        refit_router(GATE, router, broken())
+        refit_router(bound(router), broken())
     assert torch.equal(router.weight, weight)
 
 
 def test_one_sample_is_too_few(router):
     with pytest.raises(ValueError, match=r"samples=1 .* router gate: allowed are 2"):
-        refit_router(GATE, router, samples(router, 0.1, torch.eye(HIDDEN), 0, count=1))
+        refit_router(bound(router), samples(router, 0.1, torch.eye(HIDDEN), 0, count=1))
 
 
 # ── whole models, quantized by whatever tool ──────────────────────────────────

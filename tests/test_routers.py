@@ -6,14 +6,12 @@ import families
 import tiny
 from vsraq.routers import (
     Router,
-    correction_bias,
+    SelectionRule,
     declared_router_classes,
     expert_containers,
     find_routers,
     router_logits,
-    select_experts,
 )
-from vsraq.selection import SelectionRule
 
 BIASED = SelectionRule("sigmoid", biased=True)
 GROUPS = {"glm4_moe": (2, 1), "deepseek_v3": (4, 2)}
@@ -70,7 +68,7 @@ def test_logits_and_selection_are_the_modules_own(model):
             own_logits, _, own_selected = module(hidden)
         logits = router_logits(module, hidden)
         torch.testing.assert_close(logits, own_logits)
-        selected = select_experts(router, logits, correction_bias(model, router))
+        selected = router.bind(model).select(logits)
         assert torch.equal(selected.sort(-1).values, own_selected.sort(-1).values)
 
 
@@ -183,19 +181,22 @@ def test_two_candidates_are_an_error():
 
 
 def test_selection_needs_the_correction_bias():
-    router = Router("gate", 1, 4, BIASED, "gate.bias")
     with pytest.raises(ValueError, match="selects by a correction bias"):
-        select_experts(router, torch.zeros(3, 4))
+        BIASED.scores(torch.zeros(3, 4))
 
 
 def test_an_unknown_rule_is_an_error():
     router = Router("gate", 1, 4, None, unverified="it needs token ids")
     with pytest.raises(ValueError, match=r"'gate'.*unknown, because it needs token"):
-        select_experts(router, torch.zeros(3, 4))
+        router.bind(nn.ModuleDict({"gate": nn.Linear(2, 4)})).select(torch.zeros(3, 4))
 
 
 def test_correction_bias_changes_the_selection():
     router = Router("gate", 1, 2, BIASED, "gate.bias")
     logits = torch.tensor([[1.0, 0.0]])
-    assert select_experts(router, logits, torch.zeros(2)).item() == 0
-    assert select_experts(router, logits, torch.tensor([0.0, 1.0])).item() == 1
+    module = nn.ModuleDict({"gate": nn.Linear(2, 2)})
+    module.gate.bias.data.zero_()
+    bound = router.bind(module)
+    assert bound.select(logits).item() == 0
+    module.gate.bias.data[1] = 1
+    assert bound.select(logits).item() == 1

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 import tiny
 from family_table import check_choice
 from vsraq.routers import find_routers
-from vsraq.selection import SelectionRule, learn_selection
+from vsraq.routers.learn import learn_rule
+from vsraq.routers.rule import SelectionRule
 
 EXPERTS, HIDDEN, TOP_K = 8, 16, 2
 
@@ -36,9 +37,7 @@ class Gate(nn.Module):
 
 def learn(gate, **options):
     state = torch.get_rng_state()
-    learned = learn_selection(
-        nn.ModuleDict({"gate": gate}), "gate", "", EXPERTS, **options
-    )
+    learned = learn_rule(nn.ModuleDict({"gate": gate}), "gate", "", EXPERTS, **options)
     assert torch.equal(state, torch.get_rng_state())
     return learned
 

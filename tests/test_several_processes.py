@@ -12,7 +12,7 @@ import process_of_two
 import tiny
 from vsraq.checkpoint import verify
 from vsraq.realignment import refit_router
-from vsraq.routers import correction_bias, find_routers
+from vsraq.routers import find_routers
 
 pytestmark = pytest.mark.xdist_group("several processes")
 SCRIPT = Path(process_of_two.__file__)
@@ -159,10 +159,8 @@ def test_a_refit_on_halves_is_the_refit_on_all(weighting, of_both):
     # out the second and the tenth.
     order = [0, 2, 1, 4, 5, 6, 7, 8, 9, 3, 10, 11, 12, 13, 14, 15]
     report = refit_router(
-        router,
-        module,
+        router.bind(model),
         [samples[i] for i in order],
-        bias=correction_bias(model, router),
         weighting=weighting,
     )
     assert report.applied

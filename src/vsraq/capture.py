@@ -23,7 +23,7 @@ from typing import Any, Generic, Self, TypeVar
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from vsraq.routers import Compared, Router, router_values
+from vsraq.routers import BoundRouter, Compared, Router
 
 Kept = TypeVar("Kept")
 
@@ -89,7 +89,7 @@ class RouterCapture(Generic[Kept]):
         routers: Their descriptions, named relative to `module`.
         keep: `(router, values) -> anything`, called once per router call; the default
             keeps the values as they are, attached to the graph.
-        what: Which values: the router's "logits", (T, E), or its "inputs", (T, H).
+        compared: Which values: the router's "logits", (T, E), or its "inputs", (T, H).
 
     Raises:
         ValueError: There is no router to capture.
@@ -99,8 +99,8 @@ class RouterCapture(Generic[Kept]):
         self,
         module: nn.Module,
         routers: Sequence[Router],
-        keep: Callable[[Router, Tensor], Kept] | None = None,
-        what: Compared = "logits",
+        keep: Callable[[BoundRouter, Tensor], Kept] | None = None,
+        compared: Compared = "logits",
     ) -> None:
         if not routers:
             raise ValueError(
@@ -109,11 +109,11 @@ class RouterCapture(Generic[Kept]):
         self.module = module
         self.routers = tuple(routers)
         self._keep = keep
-        self._what = what
+        self._compared = compared
         self._kept: dict[str, list[Kept]] = {r.name: [] for r in self.routers}
         self._handles: list[RemovableHandle] = []
         # while open; a name may come to mean another module (AutoRound wraps layers)
-        self._modules: dict[str, nn.Module] = {}
+        self._open: dict[str, BoundRouter] = {}
 
     def open(self) -> Self:
         """Register the hooks; `with` does this.
@@ -122,17 +122,18 @@ class RouterCapture(Generic[Kept]):
             RuntimeError: This capture, or another without `keep` on one of the same
                 routers, is open already.
         """
-        modules = {r.name: self.module.get_submodule(r.name) for r in self.routers}
+        bound = {router.name: router.bind(self.module) for router in self.routers}
         if self._handles or (
-            self._keep is None and any(_INPUTS in m.__dict__ for m in modules.values())
+            self._keep is None
+            and any(_INPUTS in r.module.__dict__ for r in bound.values())
         ):
             raise RuntimeError(
                 f"a RouterCapture of this {type(self.module).__name__} is open "
                 "already; allowed is one at a time, so close() it first"
             )
-        self._modules = modules
-        for router in self.routers:
-            module = modules[router.name]
+        self._open = bound
+        for router in bound.values():
+            module = router.module
             if self._keep is None:
                 module.__dict__[_INPUTS] = []
                 hook: Callable[..., None] = _record_input
@@ -148,17 +149,17 @@ class RouterCapture(Generic[Kept]):
         for handle in self._handles:
             handle.remove()
         if self._handles and self._keep is None:
-            for module in self._modules.values():
-                del module.__dict__[_INPUTS]
+            for router in self._open.values():
+                del router.module.__dict__[_INPUTS]
         self._handles.clear()
-        self._modules = {}
+        self._open = {}
 
     def clear(self) -> None:
         """Forget what was kept so far."""
         for kept in self._kept.values():
             kept.clear()
-        for module in self._modules.values():
-            module.__dict__.get(_INPUTS, []).clear()
+        for router in self._open.values():
+            router.module.__dict__.get(_INPUTS, []).clear()
 
     def take(self) -> dict[str, list[Kept]]:
         """What was kept since the last `take`, per router, one item per call.
@@ -166,12 +167,11 @@ class RouterCapture(Generic[Kept]):
         Raises:
             RuntimeError: A router was not called.
         """
-        if self._keep is None and self._modules:
-            for router in self.routers:
-                module = self._modules[router.name]
+        if self._keep is None:
+            for router in self._open.values():
                 self._kept[router.name] += [
-                    router_values(router, module, hidden_states, self._what)  # type: ignore[misc]
-                    for hidden_states in module.__dict__[_INPUTS]
+                    router.values(hidden_states, self._compared)  # type: ignore[misc]
+                    for hidden_states in router.module.__dict__[_INPUTS]
                 ]
         silent = [name for name, kept in self._kept.items() if not kept]
         if silent:
@@ -198,14 +198,14 @@ class RouterCapture(Generic[Kept]):
         self.close()
 
     def _keeping_hook(
-        self, keep: Callable[[Router, Tensor], Kept], router: Router
+        self, keep: Callable[[BoundRouter, Tensor], Kept], router: BoundRouter
     ) -> Callable[..., None]:
         kept = self._kept[router.name]
 
         def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+            _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> None:
-            values = router_values(router, module, _input(args, kwargs), self._what)
+            values = router.values(_input(args, kwargs), self._compared)
             kept.append(keep(router, values))
 
         return hook

@@ -78,7 +78,7 @@ def rank_logits(
         fp_logits: Full-precision router logits, (..., E).
         ranks: m, from 1 to E; None keeps all E.
         ranking: Expert indices, (..., E), the first rank first, such as
-            `vsraq.routers.selection_ranking` gives; None ranks by the logits.
+            `BoundRouter.ranking` gives; None ranks by the logits.
 
     Returns:
         The ranked form, detached.

@@ -28,15 +28,7 @@ from vsraq.error_weights import Weighting, check_weighted_size, error_weights
 from vsraq.metrics import StreamingMean, jaccard
 from vsraq.processes import from_first_process, process_count, sum_over_processes
 from vsraq.realignment_record import record_realignment, router_weight
-from vsraq.routers import (
-    Router,
-    correction_bias,
-    find_routers,
-    linear_map,
-    router_logits,
-    select_experts,
-    selection_scores,
-)
+from vsraq.routers import BoundRouter, find_routers
 
 DEFAULT_RIDGE = 1e-3
 _HELDOUT_EVERY = 8  # one calibration sample of 8 decides, the others fit
@@ -188,11 +180,9 @@ class _Heldout:
 
 @torch.no_grad()
 def refit_router(
-    router: Router,
-    module: nn.Module,
+    router: BoundRouter,
     samples: Iterable[tuple[Tensor, Tensor, Tensor | None]],
     *,
-    bias: Tensor | None = None,
     ridge: float = DEFAULT_RIDGE,
     weighting: Weighting = "uniform",
 ) -> Refit:
@@ -204,13 +194,11 @@ def refit_router(
     have to call this, and all get the same weight.
 
     Args:
-        router: Its description; the report names it by that.
-        module: The router module. Only the weight of its linear map changes; its
-            dtype, shape and device stay.
+        router: Only the weight of its linear map changes; its dtype, shape and device
+            stay.
         samples: Per calibration sample (X (T, H), Z (T, E), mask): the router's inputs
             on the quantized path, the full-precision logits, and which tokens count,
             (T,) or None.
-        bias: `vsraq.routers.correction_bias` of the router.
         ridge: rho as a fraction of the mean diagonal of X^T X, > 0.
         weighting: Of the errors that are fitted and judged; see `vsraq.error_weights`.
 
@@ -222,16 +210,12 @@ def refit_router(
             than two samples with tokens that count.
         RuntimeError: The system cannot be solved.
     """
-    weight: Tensor = linear_map(module).weight  # type: ignore[assignment]
-
-    def logits_of(inputs: Tensor) -> Tensor:
-        return router_logits(module, inputs, router.num_experts)
+    weight, rule = router.weight, router.description.rule
 
     def weights_of(target: Tensor) -> Tensor | None:
         if weighting == "uniform":
             return None  # no need of the scores
-        scores = selection_scores(router, target, bias)
-        return error_weights(scores, router.top_k, weighting)
+        return error_weights(router.scores(target), router.top_k, weighting)
 
     sums = RidgeSums(
         weight.shape[1],
@@ -253,7 +237,7 @@ def refit_router(
             # copies: a sample may be a view that keeps its whole batch alive
             heldout.append((inputs.to("cpu", copy=True), target.to("cpu", copy=True)))
         else:
-            residual = target - logits_of(inputs)
+            residual = target - router.logits(inputs)
             sums.update(inputs, residual, weights_of(target))
     sums.sum_over_processes()
     counts = torch.tensor([count - len(heldout), len(heldout)])
@@ -268,14 +252,12 @@ def refit_router(
         result = _Heldout()
         for inputs, target in heldout:
             target = target.to(weight.device)
-            logits = logits_of(inputs)
+            logits = router.logits(inputs)
             error = (logits - target).square()
             weights = weights_of(target)
             result.error.update(error if weights is None else error * weights)
-            if router.rule is not None:  # else nobody knows what it chooses
-                chosen, wanted = (
-                    select_experts(router, x, bias) for x in (logits, target)
-                )
+            if rule is not None:  # else nobody knows what it chooses
+                chosen, wanted = router.select(logits), router.select(target)
                 result.overlap.update(jaccard(chosen, wanted))
         result.sum_over_processes()
         return result
@@ -300,8 +282,8 @@ def refit_router(
         router=router.name,
         before=before.error.compute(),
         after=after.error.compute(),
-        before_jaccard=before.overlap.compute() if router.rule else math.nan,
-        after_jaccard=after.overlap.compute() if router.rule else math.nan,
+        before_jaccard=before.overlap.compute() if rule else math.nan,
+        after_jaccard=after.overlap.compute() if rule else math.nan,
         applied=applied,
     )
 
@@ -351,10 +333,8 @@ def realign_routers(
     for router in routers:
         reports.append(
             refit_router(
-                router,
-                q_model.get_submodule(router.name),
-                _along(fp_path, q_path, router, fp_model.get_submodule(router.name)),
-                bias=correction_bias(q_model, router),
+                router.bind(q_model),
+                _along(fp_path, q_path, router.bind(fp_model)),
                 ridge=ridge,
                 weighting=weighting,
             )
@@ -369,13 +349,12 @@ def realign_routers(
 
 
 def _along(
-    fp_path: Path, q_path: Path, router: Router, fp_module: nn.Module
+    fp_path: Path, q_path: Path, fp_router: BoundRouter
 ) -> Iterator[tuple[Tensor, Tensor, None]]:
     """The samples of `refit_router` for one router of two models."""
     for path in (fp_path, q_path):
-        path.advance_to(router.name)
+        path.advance_to(fp_router.name)
     for sample in range(len(fp_path)):
-        inputs = q_path.router_input(router.name, sample)
-        fp_inputs = fp_path.router_input(router.name, sample)
-        target = router_logits(fp_module, fp_inputs, router.num_experts)
-        yield inputs.reshape(-1, inputs.shape[-1]), target, None
+        inputs = q_path.router_input(fp_router.name, sample)
+        fp_inputs = fp_path.router_input(fp_router.name, sample)
+        yield inputs.reshape(-1, inputs.shape[-1]), fp_router.logits(fp_inputs), None

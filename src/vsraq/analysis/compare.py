@@ -14,12 +14,7 @@ from vsraq.blocks import block_output, decoder_blocks
 from vsraq.capture import RouterCapture
 from vsraq.metrics import StreamingMean, jaccard, output_kl
 from vsraq.output_head import output_head, takes_embeddings
-from vsraq.routers import (
-    Router,
-    correction_bias,
-    find_routers,
-    select_experts,
-)
+from vsraq.routers import BoundRouter, Router, find_routers
 
 # Tokens whose logits over the vocabulary exist at once, on each side; the comparison
 # takes about five more float32 values per token and vocabulary entry.
@@ -79,12 +74,8 @@ def _run(
     input_ids: Tensor,
 ) -> _Pass:
     """Run a model up to its last block, or to its logits where that is not possible."""
-
-    def select(router: Router, logits: Tensor) -> Tensor:
-        return select_experts(router, logits, correction_bias(model, router))
-
     returns_tuple = None
-    with RouterCapture(model, routers, select) as capture:
+    with RouterCapture(model, routers, BoundRouter.select) as capture:
         if blocks and takes_embeddings(model):
             last = model.get_submodule(blocks[-1])
             rows, returns_tuple = block_output(last, lambda: model(input_ids=input_ids))

@@ -14,14 +14,7 @@ from vsraq.autoround.terms import BlockTensors, split_samples
 from vsraq.capture import RouterCapture
 from vsraq.losses import FpLogits
 from vsraq.objectives import Objective
-from vsraq.routers import (
-    Compared,
-    Router,
-    correction_bias,
-    router_logits,
-    select_experts,
-    selection_ranking,
-)
+from vsraq.routers import BoundRouter, Compared, Router
 
 
 def eager() -> AbstractContextManager[None]:
@@ -29,13 +22,9 @@ def eager() -> AbstractContextManager[None]:
     return torch.compiler.set_stance("force_eager")
 
 
-def ranking_of(
-    rank_by: RankBy, router: Router, logits: Tensor, bias: Tensor | None
-) -> Tensor | None:
+def ranking_of(rank_by: RankBy, router: BoundRouter, logits: Tensor) -> Tensor | None:
     """What ranks the experts of a router, (T, E); None is their logits."""
-    if rank_by == "logits":
-        return None
-    return selection_ranking(router, logits, bias)
+    return None if rank_by == "logits" else router.ranking(logits)
 
 
 class _CaptureHandle:
@@ -110,8 +99,8 @@ class FullPrecisionCapture:
         self._objective = objective
         self._cache_device = cache_device
         self._own_term = alignment.router_weight != 0
-        self._what: Compared = objective.compares if self._own_term else "logits"
-        self._capture = RouterCapture(block, routers, self._keep, self._what)
+        self._compared: Compared = objective.compares if self._own_term else "logits"
+        self._capture = RouterCapture(block, routers, self._keep, self._compared)
         self._refit = self._empty_refit()
 
     def _empty_refit(self) -> dict[str, RefitLogits]:
@@ -135,28 +124,22 @@ class FullPrecisionCapture:
         self._capture.clear()
         self._refit = {}
 
-    def _keep(self, router: Router, values: Tensor) -> _Call:
-        bias = correction_bias(self._block, router)
-        logits = values
-        if self._what == "inputs":
-            module = self._block.get_submodule(router.name)
-            logits = router_logits(module, values, router.num_experts)
+    def _keep(self, router: BoundRouter, values: Tensor) -> _Call:
+        logits = values if self._compared == "logits" else router.logits(values)
         selected = None
-        if router.rule is not None:
-            selected = select_experts(router, logits, bias).to(torch.int16)
+        if router.description.rule is not None:
+            selected = router.select(logits).to(torch.int16)
             selected = selected.to(self._cache_device)
         if self._refit:
             self._refit[router.name].add(logits)
-        return _Call(self._target(router, values, bias), selected)
+        return _Call(self._target(router, values), selected)
 
-    def _target(
-        self, router: Router, values: Tensor, bias: Tensor | None
-    ) -> FpLogits | None:
+    def _target(self, router: BoundRouter, values: Tensor) -> FpLogits | None:
         if not self._own_term:
             return None
         ranking = None
-        if self._what == "logits":
-            ranking = ranking_of(self._alignment.rank_by, router, values, bias)
+        if self._compared == "logits":
+            ranking = ranking_of(self._alignment.rank_by, router, values)
         target = self._objective.target(values, top_k=router.top_k, ranking=ranking)
         return target.to(self._cache_device)
 

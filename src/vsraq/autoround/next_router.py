@@ -23,14 +23,7 @@ from torch.utils._pytree import tree_leaves
 from vsraq.autoround.block_copy import copy_block
 from vsraq.autoround.look_ahead_device import look_ahead_device
 from vsraq.capture import router_input
-from vsraq.routers import (
-    Compared,
-    Router,
-    correction_bias,
-    expert_containers,
-    router_values,
-    routers_inside,
-)
+from vsraq.routers import Compared, Router, expert_containers, routers_inside
 
 
 class _NotLoaded(nn.Module):
@@ -66,21 +59,16 @@ class NextRouter:
         runner: BlockForwardRunner,
     ) -> None:
         self.name = name
-        self.router = router
+        self.router = router.bind(blocks[-1])
         self._blocks = tuple(blocks)
         self._runner = runner
-
-    @property
-    def correction_bias(self) -> Tensor | None:
-        """The bias that the router chooses by, (E,), or None."""
-        return correction_bias(self._blocks[-1], self.router)
 
     def values(
         self,
         hidden_states: Tensor,
         input_others: dict[str, Any],
         samples: list[int],
-        what: Compared,
+        compared: Compared,
     ) -> Tensor:
         """The router's logits or inputs, differentiable in `hidden_states`.
 
@@ -88,7 +76,7 @@ class NextRouter:
             hidden_states: Output of the tuned block, (B, S, H).
             input_others: What AutoRound has cached for the blocks of this model.
             samples: Which B calibration samples these are.
-            what: "logits" or "inputs".
+            compared: "logits" or "inputs".
 
         Returns:
             (B * S, E) or (B * S, H), float32.
@@ -111,9 +99,8 @@ class NextRouter:
         for block in self._blocks[:-1]:
             hidden_states = forward(block, hidden_states)
         last = self._blocks[-1]
-        module = last.get_submodule(self.router.name)
-        inputs = router_input(module, lambda: forward(last, hidden_states))
-        return router_values(self.router, module, inputs, what)
+        inputs = router_input(self.router.module, lambda: forward(last, hidden_states))
+        return self.router.values(inputs, compared)
 
 
 def shares_a_batch(input_others: dict[str, Any], runner: BlockForwardRunner) -> bool:

@@ -86,7 +86,6 @@ from vsraq.realignment import refit_router
 from vsraq.realignment_record import drop_record, record_realignment, router_weight
 from vsraq.routers import (
     Router,
-    correction_bias,
     count_experts,
     declared_router_classes,
     find_routers,
@@ -559,7 +558,9 @@ class VSRAQQuantizer(SeveralProcesses):
             terms = []
             if routers and self._alignment.router_weight != 0:
                 capture = stack.enter_context(
-                    RouterCapture[Tensor](block, routers, what=self._objective.compares)
+                    RouterCapture[Tensor](
+                        block, routers, compared=self._objective.compares
+                    )
                 )
                 terms.append(self._own_term(routers, fp_targets, capture))
             if self._alignment.next_router_weight != 0:
@@ -647,9 +648,7 @@ class VSRAQQuantizer(SeveralProcesses):
                 fp_values = values(tensors.reference(samples), samples)
                 ranking = None
                 if objective.compares == "logits":
-                    bias = next_router.correction_bias
-                    rank_by = self._alignment.rank_by
-                    ranking = ranking_of(rank_by, router, fp_values, bias)
+                    ranking = ranking_of(self._alignment.rank_by, router, fp_values)
                 target = objective.target(
                     fp_values, top_k=router.top_k, ranking=ranking
                 )
@@ -662,7 +661,7 @@ class VSRAQQuantizer(SeveralProcesses):
             NEXT_ROUTER,
             objective,
             self._alignment.next_router_weight,
-            (router,),
+            (router.description,),
             {router.name: split_samples(name, next_router.name, kept, tensors.tokens)},
             q_values,
             every_second=not shares_a_batch(tensors.others, self.block_forward),
@@ -809,7 +808,7 @@ class VSRAQQuantizer(SeveralProcesses):
         tensors: BlockTensors,
     ) -> None:
         """Re-fit one router of the tuned block, before its output feeds the next."""
-        module = block.get_submodule(router.name)
+        bound = replace(router.bind(block), description=replace(router, name=name))
         mask = getattr(self, "_cached_valid_token_mask", None)
         if len(fp_logits) < len(tensors.fp_outputs):
             logger.info(
@@ -830,7 +829,7 @@ class VSRAQQuantizer(SeveralProcesses):
                     tensors.others,
                     torch.tensor(batch),
                 )
-                hidden_states = router_input(module, forward)
+                hidden_states = router_input(bound.module, forward)
                 logits = [fp_logits[i] for i in batch]
                 flat = hidden_states.reshape(-1, hidden_states.shape[-1])
                 own = flat.split([len(z) for z in logits])
@@ -839,16 +838,14 @@ class VSRAQQuantizer(SeveralProcesses):
 
         with torch.no_grad(), eager():
             refit = refit_router(
-                replace(router, name=name),
-                module,
+                bound,
                 samples(),
-                bias=correction_bias(block, router),
                 ridge=self._alignment.realign_ridge,
                 weighting=self._alignment.realign_weighting,
             )
         logger.info("vsraq: %s", refit)
         if refit.applied:
-            weight_name, weight = router_weight(name, module)
+            weight_name, weight = router_weight(name, bound.module)
             self._refitted[weight_name] = weight.detach().to("cpu", copy=True)
 
     def _get_loss(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vsraq.autoround.full_precision import eager
 from vsraq.autoround.terms import BlockTensors
 from vsraq.capture import RouterCapture, router_input
-from vsraq.routers import Router, correction_bias, select_experts
+from vsraq.routers import BoundRouter, Router
 
 
 def selected_experts(
@@ -36,9 +36,8 @@ def selected_experts(
     if not routers:
         return {}
 
-    def choose(router: Router, logits: Tensor) -> Tensor:
-        chosen = select_experts(router, logits, correction_bias(block, router))
-        return chosen.to(runner.cache_device, torch.int16)
+    def choose(router: BoundRouter, logits: Tensor) -> Tensor:
+        return router.select(logits).to(runner.cache_device, torch.int16)
 
     def forward(samples: list[int]) -> object:
         return runner.forward(

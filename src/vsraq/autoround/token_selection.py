@@ -42,13 +42,7 @@ from vsraq.autoround.block_copy import copy_block, split_experts
 from vsraq.capture import RouterCapture
 from vsraq.metrics import routing_shift
 from vsraq.output_head import OutputHead, output_head
-from vsraq.routers import (
-    Router,
-    correction_bias,
-    declared_router_classes,
-    find_routers,
-    select_experts,
-)
+from vsraq.routers import BoundRouter, Router, declared_router_classes, find_routers
 from vsraq.token_selection import (
     Sampling,
     TokenMask,
@@ -344,9 +338,8 @@ class _Run:
     ) -> tuple[Any, dict[str, Tensor]]:
         """Run all samples: the next block's inputs, and experts by router, (T, K)."""
 
-        def choose(router: Router, logits: Tensor) -> Tensor:
-            chosen = select_experts(router, logits, correction_bias(block, router))
-            return chosen.to(self.runner.cache_device, torch.int16)
+        def choose(router: BoundRouter, logits: Tensor) -> Tensor:
+            return router.select(logits).to(self.runner.cache_device, torch.int16)
 
         chosen = {}
         with ExitStack() as stack:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a router chooses its experts, as data; and how that is learned from the router.
+"""How a router's rule is learned from the router itself.
 
-A rule is not looked up by a model's name: `learn_selection` runs the router's own code
-on random weights, biases and inputs, and keeps the rule that makes the same choices.
+A rule is not looked up by a model's name: `learn_rule` runs the router's own code on
+random weights, biases and inputs, and keeps the rule that makes the same choices.
 Tensors of the router may be on meta; the global random state is not touched.
 
 Shapes: T tokens, E experts, K top-k, H hidden width.
@@ -10,144 +10,28 @@ Shapes: T tokens, E experts, K top-k, H hidden width.
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-ScoreFunction: TypeAlias = Literal["identity", "softmax", "sigmoid", "sqrt_softplus"]
-GroupScore: TypeAlias = Literal["top2", "max"]
+from vsraq.routers.rule import (
+    HIGHEST_LOGITS,
+    GroupScore,
+    ScoreFunction,
+    SelectionRule,
+)
 
-_SCORE_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "identity": lambda logits: logits,
-    "softmax": lambda logits: logits.softmax(-1),
-    "sigmoid": torch.sigmoid,
-    "sqrt_softplus": lambda logits: F.softplus(logits).sqrt(),
-}
 _TOKENS = 512  # of a question to a router
 
 
 @dataclass(frozen=True)
-class SelectionRule:
-    """From raw logits to the scores whose top K are chosen.
-
-    z' = c tanh(s z / c) (z' = s z without a cap), p = f(z') + b; with groups, experts
-    outside the best groups get `masked_score` instead (DeepSeek-V2, arXiv:2405.04434,
-    and V3, arXiv:2412.19437).
-
-    Attributes:
-        score_function: f. Where neither a bias nor groups take part, every increasing
-            function chooses the same, and it is "identity".
-        biased: Whether a correction bias b, (E,), is added for the choice.
-        num_groups: Groups that the experts are divided into, in order.
-        topk_groups: Groups that a token may choose from.
-        group_score: A group's score: the sum of its two best p, or its best.
-        masked_score: What experts of other groups score.
-        logit_scale: s.
-        logit_softcap: c, or None.
-    """
-
-    score_function: ScoreFunction = "identity"
-    biased: bool = False
-    num_groups: int = 1
-    topk_groups: int = 1
-    group_score: GroupScore = "top2"
-    masked_score: float = -math.inf
-    logit_scale: float = 1.0
-    logit_softcap: float | None = None
-
-    def scores(self, logits: Tensor, correction_bias: Tensor | None = None) -> Tensor:
-        """The scores by which the router chooses.
-
-        Args:
-            logits: Raw logits, (..., E).
-            correction_bias: E values, required if the rule is biased.
-
-        Returns:
-            (..., E), float32.
-
-        Raises:
-            ValueError: The correction bias is missing.
-        """
-        scores, refused = self._scores(logits, correction_bias)
-        return scores.masked_fill(refused, self.masked_score)
-
-    def ranking(self, logits: Tensor, correction_bias: Tensor | None = None) -> Tensor:
-        """The experts in the order in which the router would choose them.
-
-        The first K are those that it chooses. Experts of groups that were not chosen
-        come where `masked_score` puts them, in the order of their own scores.
-
-        Args:
-            logits: Raw logits, (..., E).
-            correction_bias: E values, required if the rule is biased.
-
-        Returns:
-            Expert indices, int64, (..., E).
-
-        Raises:
-            ValueError: The correction bias is missing.
-        """
-        scores, refused = self._scores(logits, correction_bias)
-        order = scores.argsort(dim=-1, descending=True, stable=True)
-        masked = scores.masked_fill(refused, self.masked_score).gather(-1, order)
-        return order.gather(-1, masked.argsort(dim=-1, descending=True, stable=True))
-
-    def _scores(
-        self, logits: Tensor, correction_bias: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Scores before groups count, and which experts those refuse, (..., E) each."""
-        logits = logits.float() * self.logit_scale
-        if self.logit_softcap is not None:
-            logits = (logits / self.logit_softcap).tanh() * self.logit_softcap
-        scores = _SCORE_FUNCTIONS[self.score_function](logits)
-        if self.biased:
-            if correction_bias is None:
-                raise ValueError(
-                    "correction_bias=None: the router selects by a correction bias; "
-                    "pass that tensor"
-                )
-            scores = scores + correction_bias.flatten().to(scores)
-        if self.num_groups == 1:
-            return scores, torch.zeros_like(scores, dtype=torch.bool)
-        grouped = scores.unflatten(-1, (self.num_groups, -1))
-        best = grouped.topk(2 if self.group_score == "top2" else 1, dim=-1).values
-        chosen = best.sum(-1).topk(self.topk_groups, dim=-1).indices
-        refused = torch.ones_like(best[..., 0], dtype=torch.bool)
-        refused.scatter_(-1, chosen, False)
-        return scores, refused.unsqueeze(-1).expand_as(grouped).flatten(-2)
-
-    @property
-    def by_logits(self) -> bool:
-        """Whether it chooses the highest logits."""
-        return not self.biased and self.num_groups == 1
-
-    def __str__(self) -> str:
-        parts: list[str] = [self.score_function]
-        if self.logit_scale != 1:
-            parts.append(f"of {self.logit_scale:g} z")
-        if self.logit_softcap is not None:
-            parts.append(f"of capped z ({self.logit_softcap:g})")
-        if self.biased:
-            parts.append("+ bias")
-        if self.num_groups > 1:
-            score = "two best" if self.group_score == "top2" else "best"
-            parts.append(
-                f"in {self.topk_groups} of {self.num_groups} groups (by {score})"
-            )
-        return " ".join(parts)
-
-
-HIGHEST_LOGITS = SelectionRule()
-
-
-@dataclass(frozen=True)
-class LearnedSelection:
-    """How a router chooses.
+class LearnedRule:
+    """What is known of a router's choice.
 
     Attributes:
         rule: The rule, or None if it is unknown.
@@ -166,13 +50,13 @@ class LearnedSelection:
     calls_linear: bool = True
 
 
-def learn_selection(
+def learn_rule(
     parent: nn.Module,
     owner_name: str,
     linear: str,
     num_experts: int,
     groups: tuple[int, int] = (1, 1),
-) -> LearnedSelection:
+) -> LearnedRule:
     """Learn a router's rule from its own choices.
 
     Args:
@@ -217,12 +101,12 @@ def learn_selection(
             if "bias" in name and tensor.numel() == num_experts
         ]
         if biases or outer or beside or groups[0] > 1:
-            return LearnedSelection(None, unverified=str(error))
-        return LearnedSelection(
+            return LearnedRule(None, unverified=str(error))
+        return LearnedRule(
             HIGHEST_LOGITS, unverified=f"{error}; taken is that the highest win"
         )
     except _CannotAskError as error:
-        return LearnedSelection(None, unverified=str(error))
+        return LearnedRule(None, unverified=str(error))
     top_k = answers[0].chosen.shape[-1]
     calls_linear = answers[0].calls_linear
     if num_experts % groups[0] or num_experts < 2 * groups[0]:
@@ -232,9 +116,9 @@ def learn_selection(
     for rule in _rules(len(names) == 1, groups, scalars):
         if all(_agrees(rule, answer) for answer in answers):
             bias = names[0] if rule.biased else None
-            return LearnedSelection(rule, bias, top_k, "", calls_linear)
+            return LearnedRule(rule, bias, top_k, "", calls_linear)
     reason = "its choices follow no rule that vsraq knows"
-    return LearnedSelection(None, None, top_k, reason, calls_linear)
+    return LearnedRule(None, None, top_k, reason, calls_linear)
 
 
 # mean and standard deviation of the correction bias in each question: of the size of
@@ -373,7 +257,7 @@ def _indices(output: Any, num_experts: int) -> Tensor | None:
 def _rules(
     biased: bool, groups: tuple[int, int], scalars: list[float]
 ) -> Iterator[SelectionRule]:
-    """Rules that come into question, the simplest first."""
+    """Every rule to try, the simplest first."""
     transforms: list[tuple[float, float | None]] = [(1.0, None)]
     transforms += [(s, None) for s in scalars]
     transforms += [(1.0, s) for s in scalars]
