@@ -5,20 +5,19 @@ import torch
 
 import reference
 from vsraq import losses
-from vsraq.losses import (
+from vsraq.loss_modules import (
     MarginLoss,
     MSEKLLoss,
     PairwiseMarginLoss,
-    RankedLogits,
     RankLoss,
     RouterKLLoss,
     SigmoidAwareLoss,
     SRALoss,
     TopKMSELoss,
     VSRAQLoss,
-    rank_logits,
-    reduce_tokens,
 )
+from vsraq.losses import reduce_tokens
+from vsraq.ranks import RankedLogits, rank_logits
 
 T, E, K = 7, 11, 3
 

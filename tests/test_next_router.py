@@ -16,7 +16,7 @@ from vsraq import VSRAQConfig
 from vsraq.autoround import VSRAQQuantizer, next_router
 from vsraq.autoround.next_router import find_next_router, load_without_experts
 from vsraq.checkpoint import load_model
-from vsraq.losses import RankedLogits
+from vsraq.ranks import RankedLogits
 from vsraq.routers import find_routers
 
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from vsraq import losses
-from vsraq.losses import rank_logits
 from vsraq.objectives import OBJECTIVES, Objective, get_objective
+from vsraq.ranks import rank_logits
 
 E, K = 12, 3
 

@@ -18,8 +18,8 @@ from vsraq.autoround.refit_logits import RefitLogits, in_half
 from vsraq.autoround.step import SampleTokens
 from vsraq.autoround.terms import RouterTerm, split_samples
 from vsraq.error_weights import check_weighted_size
-from vsraq.losses import rank_logits
 from vsraq.objectives import get_objective
+from vsraq.ranks import rank_logits
 from vsraq.realignment import RidgeSums
 from vsraq.routers import Router, find_routers
 

@@ -13,93 +13,18 @@ which is all that most losses read and far less to store per calibration token.
 Sources: "VSRAQ" is arXiv:2606.05688, "SRA" is Selective Router Alignment.
 """
 
-import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-
-@dataclass(frozen=True)
-class RankedLogits:
-    """The first m full-precision ranks of each token.
-
-    Attributes:
-        values: Logits in the order of the ranking, descending unless another ranking
-            than theirs was given, float32, shape (..., m).
-        indices: Their expert indices, int16, shape (..., m).
-        num_experts: E.
-    """
-
-    values: Tensor
-    indices: Tensor
-    num_experts: int
-
-    def to(self, device: torch.device | str) -> "RankedLogits":
-        """The same ranks on another device."""
-        return RankedLogits(
-            self.values.to(device), self.indices.to(device), self.num_experts
-        )
-
-    def first(self, count: int) -> "RankedLogits":
-        """The first `count` ranks, or all if fewer were kept."""
-        return RankedLogits(
-            self.values[..., :count], self.indices[..., :count], self.num_experts
-        )
-
-    def logits(self) -> Tensor:
-        """The logits in the order of the experts, (..., E), if all ranks were kept.
-
-        Raises:
-            ValueError: Only the first ranks were kept.
-        """
-        if self.values.shape[-1] != self.num_experts:
-            raise ValueError(
-                f"ranks={self.values.shape[-1]}: the logits of all {self.num_experts} "
-                "experts need all ranks; keep them with rank_logits(fp_logits)"
-            )
-        index = self.indices.long()
-        return torch.empty_like(self.values).scatter_(-1, index, self.values)
-
+from vsraq.hyperparameters import check_hyperparameters
+from vsraq.ranks import RankedLogits, computed, rank_logits
 
 FpLogits: TypeAlias = Tensor | RankedLogits
 TokenLoss: TypeAlias = Callable[..., Tensor]
-
-
-def rank_logits(
-    fp_logits: Tensor, ranks: int | None = None, ranking: Tensor | None = None
-) -> RankedLogits:
-    """Keep the logits of the first `ranks` experts of each token.
-
-    Args:
-        fp_logits: Full-precision router logits, (..., E).
-        ranks: m, from 1 to E; None keeps all E.
-        ranking: Expert indices, (..., E), the first rank first, such as
-            `BoundRouter.ranking` gives; None ranks by the logits.
-
-    Returns:
-        The ranked form, detached.
-
-    Raises:
-        ValueError: `ranks` is outside 1..E.
-    """
-    num_experts = fp_logits.shape[-1]
-    ranks = num_experts if ranks is None else ranks
-    if not 1 <= ranks <= num_experts:
-        raise ValueError(f"ranks={ranks}: allowed is 1 to num_experts={num_experts}")
-    logits = _computed(fp_logits.detach())
-    if ranking is None:
-        ranking = logits.argsort(dim=-1, descending=True, stable=True)
-    values, indices = logits.gather(-1, ranking), ranking
-    # contiguous() so that the full sort is not kept alive by a view of it
-    return RankedLogits(
-        values[..., :ranks].contiguous(),
-        indices[..., :ranks].to(torch.int16).contiguous(),
-        num_experts,
-    )
 
 
 def topk_mse(
@@ -336,7 +261,7 @@ def input_mse(q_inputs: Tensor, fp_inputs: Tensor) -> Tensor:
             f"q_inputs has shape {tuple(q_inputs.shape)} and fp_inputs "
             f"{tuple(fp_inputs.shape)}: allowed are equal shapes, (..., hidden)"
         )
-    return (_computed(q_inputs) - _computed(fp_inputs)).square().mean(-1)
+    return (computed(q_inputs) - computed(fp_inputs)).square().mean(-1)
 
 
 def vsraq_loss(
@@ -423,145 +348,6 @@ def reduce_tokens(loss: Tensor, mask: Tensor | None = None) -> Tensor:
     return (loss * weight).sum() / torch.where(total > 0, total, torch.ones_like(total))
 
 
-class RouterLoss(nn.Module):
-    """A per-token loss with its hyper-parameters, reduced to a scalar.
-
-    Args:
-        token_loss: A function of this file, or one with its signature.
-        **hyperparameters: Its keyword arguments, checked here once.
-
-    Raises:
-        ValueError: A hyper-parameter is not allowed.
-    """
-
-    def __init__(self, token_loss: TokenLoss, **hyperparameters: Any) -> None:
-        super().__init__()
-        check_hyperparameters(**hyperparameters)
-        self.token_loss = token_loss
-        self.hyperparameters = hyperparameters
-
-    def forward(
-        self, q_logits: Tensor, fp_logits: FpLogits, mask: Tensor | None = None
-    ) -> Tensor:
-        """Mean loss over the tokens whose `mask` is 1.
-
-        Args:
-            q_logits: Quantized router logits, (..., E).
-            fp_logits: Full-precision router logits, (..., E) or ranked.
-            mask: (...), or None when every token counts.
-
-        Returns:
-            A scalar.
-
-        Raises:
-            ValueError: A shape is not allowed.
-        """
-        loss = self.token_loss(q_logits, fp_logits, **self.hyperparameters)
-        return reduce_tokens(loss, mask)
-
-    def extra_repr(self) -> str:
-        """The hyper-parameters, for `repr`."""
-        return ", ".join(f"{k}={v!r}" for k, v in self.hyperparameters.items())
-
-
-class TopKMSELoss(RouterLoss):
-    """`topk_mse` as a module (VSRAQ Eq. 7; SRA Table 3 for other multipliers)."""
-
-    def __init__(self, top_k: int, multiplier: int | Literal["all"] = 1) -> None:
-        super().__init__(topk_mse, top_k=top_k, multiplier=multiplier)
-
-
-class SigmoidAwareLoss(RouterLoss):
-    """`sigmoid_aware_mse` as a module (VSRAQ Eq. 8-10)."""
-
-    def __init__(self, top_k: int, gamma: float = 1.0, eps: float = 1e-3) -> None:
-        super().__init__(sigmoid_aware_mse, top_k=top_k, gamma=gamma, eps=eps)
-
-
-class RankLoss(RouterLoss):
-    """`rank_loss` as a module (VSRAQ Eq. 13)."""
-
-    def __init__(self, top_k: int, margin: float = 0.0) -> None:
-        super().__init__(rank_loss, top_k=top_k, margin=margin)
-
-
-class MarginLoss(RouterLoss):
-    """`margin_loss` as a module (VSRAQ Eq. 14-15)."""
-
-    def __init__(self, top_k: int, boundary: int = 1) -> None:
-        super().__init__(margin_loss, top_k=top_k, boundary=boundary)
-
-
-class PairwiseMarginLoss(RouterLoss):
-    """`pairwise_margin_loss` as a module (a reconstruction of DREAM-MoE)."""
-
-    def __init__(self, top_k: int, boundary: int = 1) -> None:
-        super().__init__(pairwise_margin_loss, top_k=top_k, boundary=boundary)
-
-
-class RouterKLLoss(RouterLoss):
-    """`router_kl` as a module (EAQuant)."""
-
-    def __init__(self, top_m: int | None = None) -> None:
-        super().__init__(router_kl, top_m=top_m)
-
-
-class MSEKLLoss(RouterLoss):
-    """`mse_kl` as a module (EAQuant)."""
-
-    def __init__(self, kl_weight: float = 1.0, top_m: int | None = None) -> None:
-        super().__init__(mse_kl, kl_weight=kl_weight, top_m=top_m)
-
-
-class SRALoss(RouterLoss):
-    """Top-3K MSE over the selected tokens (SRA Eq. 8-9); its mask is required."""
-
-    def __init__(self, top_k: int, multiplier: int | Literal["all"] = 3) -> None:
-        super().__init__(topk_mse, top_k=top_k, multiplier=multiplier)
-
-    def forward(
-        self, q_logits: Tensor, fp_logits: FpLogits, mask: Tensor | None = None
-    ) -> Tensor:
-        """Mean loss over the selected tokens.
-
-        Raises:
-            ValueError: `mask` is None, or a shape is not allowed.
-        """
-        if mask is None:
-            raise ValueError(
-                "mask=None: SRALoss aligns selected tokens only, so pass their mask, "
-                "or use TopKMSELoss(top_k, multiplier=3) for all tokens"
-            )
-        return super().forward(q_logits, fp_logits, mask)
-
-
-class VSRAQLoss(RouterLoss):
-    """`vsraq_loss` as a module (VSRAQ Eq. 17, defaults of Table 1)."""
-
-    def __init__(
-        self,
-        top_k: int,
-        boundary: int = 1,
-        alpha: float = 0.3,
-        gamma: float = 1.0,
-        eps: float = 1e-3,
-        rank_margin: float = 0.0,
-        rank_weight: float = 0.01,
-        margin_weight: float = 0.05,
-    ) -> None:
-        super().__init__(
-            vsraq_loss,
-            top_k=top_k,
-            boundary=boundary,
-            alpha=alpha,
-            gamma=gamma,
-            eps=eps,
-            rank_margin=rank_margin,
-            rank_weight=rank_weight,
-            margin_weight=margin_weight,
-        )
-
-
 def multiplied_ranks(top_k: int, num_experts: int, multiplier: int | str) -> int:
     """How many ranks `topk_mse` reads: min(multiplier * K, E), or E for "all"."""
     if multiplier == "all":
@@ -574,62 +360,11 @@ def boundary_ranks(top_k: int, num_experts: int, boundary: int) -> int:
     return min(top_k + boundary, num_experts)
 
 
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: Any) -> bool:
-    return (
-        isinstance(value, int | float)
-        and not isinstance(value, bool | str)
-        and abs(value) <= sys.float_info.max  # which an int may exceed
-    )
-
-
-_POSITIVE_INT = (lambda v: _is_int(v) and v >= 1, "a positive int")
-_FINITE = (_is_finite, "a finite number")
-_NOT_NEGATIVE = (lambda v: _is_finite(v) and v >= 0, "a finite number >= 0")
-_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "top_k": _POSITIVE_INT,
-    "boundary": _POSITIVE_INT,
-    "multiplier": (
-        lambda v: v == "all" or _POSITIVE_INT[0](v),
-        'a positive int or "all"',
-    ),
-    "top_m": (lambda v: v is None or _POSITIVE_INT[0](v), "a positive int or None"),
-    "alpha": (lambda v: _is_finite(v) and 0 <= v <= 1, "a number from 0 to 1"),
-    "gamma": _NOT_NEGATIVE,
-    "eps": _NOT_NEGATIVE,
-    "kl_weight": _NOT_NEGATIVE,
-    "margin": _FINITE,
-    "rank_margin": _FINITE,
-    "rank_weight": _NOT_NEGATIVE,
-    "margin_weight": _NOT_NEGATIVE,
-}
-
-
-def check_hyperparameters(**hyperparameters: Any) -> None:
-    """Check values that do not depend on a tensor; unknown names pass.
-
-    Raises:
-        ValueError: One is not allowed, with its name, value and what is allowed.
-    """
-    for name, value in hyperparameters.items():
-        is_allowed, allowed = _ALLOWED.get(name, (lambda _: True, ""))
-        if not is_allowed(value):
-            raise ValueError(f"{name}={value!r}: allowed is {allowed}")
-
-
 def _num_experts(q_logits: Tensor, top_k: int) -> int:
     num_experts = q_logits.shape[-1]
     if top_k > num_experts:
         raise ValueError(f"top_k={top_k}: allowed is 1 to num_experts={num_experts}")
     return num_experts
-
-
-def _computed(logits: Tensor) -> Tensor:
-    """Float32, or float64 where the caller has it (gradient checks)."""
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _check_shapes(q_logits: Tensor, fp_logits: FpLogits) -> None:
@@ -658,4 +393,4 @@ def _by_rank(
             f"keep them with rank_logits(fp_logits, {ranks})"
         )
     index = fp_logits.indices[..., :ranks].long()
-    return _computed(q_logits).gather(-1, index), fp_logits.values[..., :ranks]
+    return computed(q_logits).gather(-1, index), fp_logits.values[..., :ranks]

@@ -14,23 +14,23 @@ from typing import Any, TypeAlias, get_args
 
 from torch import Tensor
 
+from vsraq.hyperparameters import check_hyperparameters
 from vsraq.losses import (
     FpLogits,
     TokenLoss,
     boundary_ranks,
-    check_hyperparameters,
     input_mse,
     margin_loss,
     mse_kl,
     multiplied_ranks,
     pairwise_margin_loss,
-    rank_logits,
     rank_loss,
     router_kl,
     sigmoid_aware_mse,
     topk_mse,
     vsraq_loss,
 )
+from vsraq.ranks import rank_logits
 from vsraq.routers import Compared
 
 RanksRead: TypeAlias = Callable[[int, int, Mapping[str, Any]], int]

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from vsraq.autoround.step import SampleTokens
-from vsraq.losses import FpLogits, RankedLogits, reduce_tokens
+from vsraq.losses import FpLogits, reduce_tokens
 from vsraq.objectives import Objective
+from vsraq.ranks import RankedLogits
 from vsraq.routers import Router
 
 Weight: TypeAlias = float | Literal["auto"]

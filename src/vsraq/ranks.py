@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of full precision is kept of a router for a loss: its logits in rank order.
+
+Shapes: T tokens, E experts, m ranks. Most losses read the first ranks only, and those
+take far less memory per calibration token than all logits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RankedLogits:
+    """The first m full-precision ranks of each token.
+
+    Attributes:
+        values: Logits in the order of the ranking, descending unless another ranking
+            than theirs was given, float32, shape (..., m).
+        indices: Their expert indices, int16, shape (..., m).
+        num_experts: E.
+    """
+
+    values: Tensor
+    indices: Tensor
+    num_experts: int
+
+    def to(self, device: torch.device | str) -> "RankedLogits":
+        """The same ranks on another device."""
+        return RankedLogits(
+            self.values.to(device), self.indices.to(device), self.num_experts
+        )
+
+    def __len__(self) -> int:
+        """Tokens, where these are along the first dimension."""
+        return len(self.values)
+
+    def __getitem__(self, tokens: slice) -> "RankedLogits":
+        """Some of the tokens."""
+        return RankedLogits(self.values[tokens], self.indices[tokens], self.num_experts)
+
+    def first(self, count: int) -> "RankedLogits":
+        """The first `count` ranks, or all if fewer were kept."""
+        return RankedLogits(
+            self.values[..., :count], self.indices[..., :count], self.num_experts
+        )
+
+    def logits(self) -> Tensor:
+        """The logits in the order of the experts, (..., E), if all ranks were kept.
+
+        Raises:
+            ValueError: Only the first ranks were kept.
+        """
+        if self.values.shape[-1] != self.num_experts:
+            raise ValueError(
+                f"ranks={self.values.shape[-1]}: the logits of all {self.num_experts} "
+                "experts need all ranks; keep them with rank_logits(fp_logits)"
+            )
+        index = self.indices.long()
+        return torch.empty_like(self.values).scatter_(-1, index, self.values)
+
+
+def rank_logits(
+    fp_logits: Tensor, ranks: int | None = None, ranking: Tensor | None = None
+) -> RankedLogits:
+    """Keep the logits of the first `ranks` experts of each token.
+
+    Args:
+        fp_logits: Full-precision router logits, (..., E).
+        ranks: m, from 1 to E; None keeps all E.
+        ranking: Expert indices, (..., E), the first rank first, such as
+            `BoundRouter.ranking` gives; None ranks by the logits.
+
+    Returns:
+        The ranked form, detached.
+
+    Raises:
+        ValueError: `ranks` is outside 1..E.
+    """
+    num_experts = fp_logits.shape[-1]
+    ranks = num_experts if ranks is None else ranks
+    if not 1 <= ranks <= num_experts:
+        raise ValueError(f"ranks={ranks}: allowed is 1 to num_experts={num_experts}")
+    logits = computed(fp_logits.detach())
+    if ranking is None:
+        ranking = logits.argsort(dim=-1, descending=True, stable=True)
+    values, indices = logits.gather(-1, ranking), ranking
+    # contiguous() so that the full sort is not kept alive by a view of it
+    return RankedLogits(
+        values[..., :ranks].contiguous(),
+        indices[..., :ranks].to(torch.int16).contiguous(),
+        num_experts,
+    )
+
+
+# what a loss is given of full precision: ranked logits, or inputs, (T, H)
+FpTarget: TypeAlias = RankedLogits | Tensor
+
+
+def concatenate(parts: Sequence[FpTarget]) -> FpTarget:
+    """The targets of several calls or samples of one router, in order."""
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    if tensors:
+        return torch.cat(tensors)
+    ranks = [part for part in parts if isinstance(part, RankedLogits)]
+    return RankedLogits(
+        torch.cat([part.values for part in ranks]),
+        torch.cat([part.indices for part in ranks]),
+        ranks[0].num_experts,
+    )
+
+
+def is_finite(target: FpTarget) -> bool:
+    """Whether all values of a target are finite."""
+    values = target if isinstance(target, Tensor) else target.values
+    return bool(torch.isfinite(values).all())
+
+
+def computed(logits: Tensor) -> Tensor:
+    """Logits as the losses compute: float32, or float64 where the caller has that."""
+    return logits if logits.dtype == torch.float64 else logits.float()
