@@ -166,9 +166,9 @@ def kept_bytes(config: Any) -> int:
     top_k, experts = public.num_experts_per_tok, public.n_routed_experts
     bytes_per_token = 0
     if alignment.router_weight != 0:
-        bytes_per_token += 6 * config.resolve_objective().ranks(top_k, experts)
+        bytes_per_token += 6 * config.alignment.own_objective.ranks(top_k, experts)
     if alignment.next_router_weight != 0:
-        bytes_per_token += 6 * config.resolve_next_objective().ranks(top_k, experts)
+        bytes_per_token += 6 * config.alignment.next_objective.ranks(top_k, experts)
     kept = bytes_per_token * AT_SIZE_TOKENS
     if alignment.realign_routers:
         kept += min(2 * experts * AT_SIZE_TOKENS, REFIT_BYTES)

@@ -231,11 +231,15 @@ def options_of(method: str) -> str:
     options: dict[str, Any] = {"arguments": METHODS[method]}
     config = config_of(method, 1)
     if isinstance(config, vsraq.VSRAQConfig):
-        alignment, idle = config.alignment, config.idle()
-        own = {n: v for n, v in asdict(alignment).items() if n not in idle}
+        alignment = config.alignment
+        unused = alignment.unused_options()
+        # objectives stand below, by their text; the others do not change the weights
+        left_out = {*unused, "objective", "next_router_objective", "router_pattern"}
+        left_out |= {"token_mask", "min_tokens_per_expert", "on_unreached"}
+        own = {n: v for n, v in asdict(alignment).items() if n not in left_out}
         options["alignment"] = own
-        options["objective"] = str(config.resolve_objective())
-        options["next_router_objective"] = str(config.resolve_next_objective())
+        options["objective"] = str(config.alignment.own_objective)
+        options["next_router_objective"] = str(config.alignment.next_objective)
     return json.dumps(options, sort_keys=True)
 
 

@@ -279,7 +279,8 @@ def test_a_router_to_be_quantized_is_refused():
 
 
 def test_an_objective_that_reads_more_experts_than_there_are(quantize):
-    config = VSRAQConfig(iters=2, objective="router_kl", top_m=tiny.EXPERTS + 1)
+    objective = {"name": "router_kl", "top_m": tiny.EXPERTS + 1}
+    config = VSRAQConfig(iters=2, objective=objective)
     with pytest.raises(ValueError, match=rf"reads {tiny.EXPERTS + 1} ranks of router"):
         tuned(quantize, config)
 
@@ -318,8 +319,9 @@ def test_masked_tokens_do_not_shift_the_ratio(quantize, monkeypatch):
         ({"router_weight": float("nan")}, r"router_weight=nan"),
         ({"router_weight": "heavy"}, r"router_weight='heavy'"),
         ({"objective": "vsrag"}, r"objective='vsrag'.*Did you mean 'vsraq'"),
-        ({"objective": "topk_mse", "alpha": 0.3}, r"no such hyper-parameter"),
-        ({"objective": "vsraq", "alpha": 1.3}, r"alpha=1.3"),
+        ({"objective": {"name": "topk_mse", "alpha": 0.3}}, r"no such hyper-param"),
+        ({"objective": {"name": "vsraq", "alpha": 1.3}}, r"alpha=1.3"),
+        ({"objective": {"alpha": 0.3}}, r"it has no name"),
         ({"iters": "many"}, r"iters='many': allowed is an int"),
         ({"nblocks": 0}, r"nblocks=0"),
         ({"gradient_accumulate_steps": 0}, r"gradient_accumulate_steps=0"),
@@ -338,17 +340,7 @@ def test_an_unknown_argument_is_refused():
 
 
 def test_every_hyperparameter_reaches_its_objective():
-    config = VSRAQConfig(
-        objective="vsraq",
-        boundary=2,
-        alpha=0.1,
-        gamma=2.0,
-        eps=0.01,
-        rank_margin=0.5,
-        rank_weight=0.2,
-        margin_weight=0.3,
-    )
-    assert dict(config.resolve_objective().hyperparameters) == {
+    every = {
         "boundary": 2,
         "alpha": 0.1,
         "gamma": 2.0,
@@ -358,12 +350,13 @@ def test_every_hyperparameter_reaches_its_objective():
         "margin_weight": 0.3,
     }
     for objective, own in [
+        ("vsraq", every),
         ("topk_mse", {"multiplier": "all"}),
         ("rank", {"margin": 0.5}),
         ("router_kl", {"top_m": 4}),
     ]:
-        config = VSRAQConfig(objective=objective, **own)
-        assert dict(config.resolve_objective().hyperparameters) == own
+        config = VSRAQConfig(objective={"name": objective, **own})
+        assert dict(config.alignment.own_objective.hyperparameters) == own
 
 
 # ── other ways in ─────────────────────────────────────────────────────────────

@@ -57,7 +57,7 @@ def test_the_methods_are_configurations():
         assert config == "rtn" or config.iters == 1
     config = routing.config_of(routing.DEFAULT, 1)
     assert config.alignment == VSRAQConfig().alignment
-    assert config.resolve_objective() == VSRAQConfig().resolve_objective()
+    assert config.alignment.own_objective == VSRAQConfig().alignment.own_objective
 
 
 def test_a_cell_says_what_its_method_meant():

@@ -1,19 +1,21 @@
 """`VSRAQConfig()`: the recipe, and what naming one of its parts does to the others."""
 
+from dataclasses import replace
+
 import pytest
 
 import tiny
 from test_autoround import same, tuned
 from tiny import block_lines
 from vsraq import VSRAQConfig
-from vsraq.autoround.config import DEFAULT_RECIPE, Alignment
+from vsraq.options import DEFAULT_RECIPE, Alignment
 
 
 @pytest.mark.parametrize(
     ("named", "expected"),
     [
         ({}, DEFAULT_RECIPE),
-        ({"objective": "router_kl"}, DEFAULT_RECIPE),
+        ({"objective": "router_kl"}, replace(DEFAULT_RECIPE, objective="router_kl")),
         ({"router_weight": 0.01}, Alignment(0.01, 0.0, False)),
         ({"router_weight": 0}, Alignment(0, "auto", True)),
         ({"next_router_weight": 0}, Alignment("auto", 0, True)),

@@ -44,7 +44,7 @@ def test_names_are_the_losses_with_the_papers_values():
 
 
 def test_hyperparameters_replace_the_defaults():
-    objective = get_objective("vsraq", alpha=0.0, boundary=2)
+    objective = get_objective({"name": "vsraq", "alpha": 0.0, "boundary": 2})
     assert objective.hyperparameters["alpha"] == 0.0
     assert objective.hyperparameters["gamma"] == 1.0
     assert objective.ranks(K, E) == K + 2
@@ -74,7 +74,7 @@ def test_your_own_loss():
     q, fp = torch.randn(5, E), torch.randn(5, E)
     assert objective(q, rank_logits(fp), top_k=K).shape == (5,)
     with pytest.raises(ValueError, match="'worst' has no such hyper-parameter; it has"):
-        get_objective(objective, alpha=0.5)
+        Objective("worst", worst, {"alpha": 0.5})
 
 
 @pytest.mark.parametrize(
@@ -93,6 +93,6 @@ def test_anything_else_is_refused():
 
 def test_bad_values_are_refused():
     with pytest.raises(ValueError, match="alpha=2"):
-        get_objective("vsraq", alpha=2)
+        get_objective({"name": "vsraq", "alpha": 2})
     with pytest.raises(ValueError, match="'topk_mse' has no such hyper-parameter"):
-        get_objective("topk_mse", alpha=0.3)
+        get_objective({"name": "topk_mse", "alpha": 0.3})

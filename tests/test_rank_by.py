@@ -27,7 +27,10 @@ def biased(family="glm4_moe"):
 def test_the_ranks_are_those_of_the_routers_choice(realign, quantize, terms):
     model = biased()
     routers = {r.name: r.bind(model) for r in find_routers(model)}
-    options = {"next_router_weight": 1.0, "objective": "router_kl", "top_m": 8}
+    options = {
+        "next_router_weight": 1.0,
+        "objective": {"name": "router_kl", "top_m": 8},
+    }
     if realign:
         options["realign_routers"] = True
     quantize(model, config(rank_by="selection", **options))
@@ -70,7 +73,7 @@ def test_an_unknown_selection_is_refused(quantize):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank_by": "scores"}, "rank_by='scores': allowed are logits, selection"),
+        ({"rank_by": "scores"}, "rank_by='scores': allowed is logits, selection"),
         (
             {"rank_by": "selection", "router_weight": 0, "realign_routers": True},
             "no effect without a router_weight or next_router_weight",
@@ -84,7 +87,7 @@ def test_an_unknown_selection_is_refused(quantize):
             "no effect without an objective that does not treat all experts alike",
         ),
         (
-            {"rank_by": "selection", "objective": "topk_mse", "multiplier": "all"},
+            {"rank_by": "selection", "objective": {"name": "full_mse"}},
             "no effect without an objective that does not treat all experts alike",
         ),
     ],
@@ -97,5 +100,5 @@ def test_refused_options(options, message):
 
 
 def test_the_first_ranks_of_a_divergence_depend_on_the_ranking():
-    own = config(rank_by="selection", objective="mse_kl", top_m=8)
+    own = config(rank_by="selection", objective={"name": "mse_kl", "top_m": 8})
     assert own.alignment.rank_by == "selection"

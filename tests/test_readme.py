@@ -45,7 +45,7 @@ def test_every_python_block_runs(text_file, tmp_path, monkeypatch):
             code = code.replace(long, short)
         exec(compile(code, "README.md", "exec"), namespace)
     assert namespace["folder"]
-    assert namespace["config"].resolve_objective().name == "worst_expert"
+    assert namespace["config"].alignment.own_objective.name == "worst_expert"
 
 
 @pytest.mark.parametrize("block", blocks("bash"))

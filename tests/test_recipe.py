@@ -5,10 +5,10 @@ import pytest
 
 import tiny
 from vsraq.autoround import VSRAQConfig
-from vsraq.autoround.config import Alignment
 from vsraq.cli import main
 from vsraq.demo import model_path
 from vsraq.objectives import OBJECTIVES
+from vsraq.options import Alignment
 from vsraq.recipe import Recipe, load_recipe, parse_recipe
 from vsraq.token_selection import TokenMask
 from vsraq.yaml_text import parse_yaml, write_yaml
@@ -19,12 +19,15 @@ MINIMAL = {"model": "some/model", "scheme": "W4A16", "output": "out"}
 
 
 # the paper's weight and calibration size of each model, and what we add
+SOLAR = Alignment(0.01, objective="vsraq")
+NEMOTRON = Alignment(0.1, "auto", True, objective="vsraq")
+SRA = Alignment("auto", 0.0, True, objective="sra", token_selection=True)
 SETTINGS = {
-    "solar_open_100b_w4a16": (Alignment(0.01, 0.0, False), 512, 2048),
-    "solar_open_100b_nvfp4": (Alignment(0.01, 0.0, False), 512, 2048),
-    "nemotron_3_nano_30b_nvfp4": (Alignment(0.1, "auto", True), 512, 1024),
+    "solar_open_100b_w4a16": (SOLAR, 512, 2048),
+    "solar_open_100b_nvfp4": (SOLAR, 512, 2048),
+    "nemotron_3_nano_30b_nvfp4": (NEMOTRON, 512, 1024),
     **{
-        f"{name}_sra": (Alignment("auto", 0.0, True, token_selection=True), 128, 2048)
+        f"{name}_sra": (SRA, 128, 2048)
         for name in (
             "glm_4_5_air_w4a16",
             "qwen3_30b_a3b_w3a16",
@@ -41,7 +44,6 @@ def test_every_config_is_valid(path):
     alignment, nsamples, seqlen = SETTINGS[path.stem]
     config = recipe.algorithm_config()
     assert isinstance(config, VSRAQConfig)
-    assert config.objective == ("sra" if alignment.token_selection else "vsraq")
     assert config.alignment == alignment
     assert (recipe.calibration.nsamples, recipe.calibration.seqlen) == (
         nsamples,
@@ -86,7 +88,7 @@ def test_defaults_and_overrides(tmp_path):
         ({"calibration": {"nsample": 3}}, r"did you mean calibration.nsamples\?"),
         ({"runtime": {"device": "cpu"}}, r"did you mean runtime.device_map\?"),
         (
-            {"algorithm": {"objective": "vsraq", "alpha": 3}},
+            {"algorithm": {"objective": {"name": "vsraq", "alpha": 3}}},
             r"alpha=3: allowed is a number from 0 to 1",
         ),
         ({"algorithm": {"objective": "vsrag"}}, r"objective='vsrag'"),
@@ -137,7 +139,7 @@ def test_bad_files_and_overrides(text, overrides, message, tmp_path):
     "options",
     [{"objective": name} for name in OBJECTIVES]
     + [
-        {"objective": "topk_mse", "multiplier": "all"},
+        {"objective": {"name": "topk_mse", "multiplier": "all"}},
         {"objective": "sra", "token_mask": "mask.safetensors"},
         {"objective": "sra", "tau": 0.01, "shift_threshold": 0.1},
         {"realign_routers": True},

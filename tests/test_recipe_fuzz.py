@@ -34,11 +34,20 @@ VALUES = [
     *("0.5", "-0.5", "1e-3", "1e400", ".inf", "-.inf", ".nan", "2001-01-01", "0x10"),
     *("[]", "[1]", "{}", "{a: 1}", "[[[[[[", "*a", "&a 1", "!!int 3", "!x y", "%", "@"),
     *("'\"", '"\\0"', '"\\ud800"', "é", "a: b", "<<", "=", "- 1", "| ", "sra", "vsraq"),
-    *("{layers.0: W8A16}", "{a: {bits: 8}}", "{a: {bits: x}}", "{1: 2}", "cpu", "0,1"),
+    *(
+        "{layers.0: W8A16}",
+        "{a: {bits: 8}}",
+        "{a: {bits: x}}",
+        "{1: 2}",
+        "cpu",
+        "0,1",
+        "{name: vsraq, alpha: 0.5}",
+        "{name: vsraq, alpha: x}",
+    ),
 ]
 KINDS = ["value", "key", "double", "cut", "indent", "drop"]
-WHOLE = {"iters", "nblocks", "gradient_accumulate_steps", "lookahead", "top_m"}
-REAL = {"lr", "minmax_lr", "momentum", "tau", "auto_ratio", "realign_ridge", "alpha"}
+WHOLE = {"iters", "nblocks", "gradient_accumulate_steps", "lookahead"}
+REAL = {"lr", "minmax_lr", "momentum", "tau", "auto_ratio", "realign_ridge"}
 
 
 @st.composite

@@ -8,7 +8,7 @@ An objective is data. A new one is one row in `OBJECTIVES`; a loss of your own i
 import difflib
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, TypeAlias, get_args
 
@@ -56,10 +56,6 @@ def _top_m_ranks(top_k: int, num_experts: int, values: Mapping[str, Any]) -> int
     return values["top_m"] or num_experts
 
 
-def _all_alike(top_k: int, num_experts: int, _: Mapping[str, Any]) -> int:
-    return num_experts  # the default says nothing of how they are treated
-
-
 @dataclass(frozen=True)
 class Objective:
     """A per-token router loss with its hyper-parameters.
@@ -70,8 +66,9 @@ class Objective:
             such an argument.
         hyperparameters: Keyword arguments of `token_loss` besides `top_k`.
         ranks_read: `(top_k, num_experts, hyperparameters) -> int`, how many
-            full-precision ranks the loss reads; capture stores no more than that. The
-            default is all experts.
+            full-precision ranks the loss reads; capture stores no more than that. One
+            that reads all of them treats all experts alike. None: it reads all, and
+            their order may matter.
         compares: What the loss gets of a router: its logits, (..., E), or its inputs,
             (..., H).
         selects_tokens: Whether it is meant for the selected tokens only (SRA).
@@ -84,7 +81,7 @@ class Objective:
     name: str
     token_loss: TokenLoss
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
-    ranks_read: RanksRead = _all_ranks
+    ranks_read: RanksRead | None = None
     compares: Compared = "logits"
     selects_tokens: bool = False
     _takes_top_k: bool = field(init=False, repr=False, compare=False)
@@ -149,11 +146,12 @@ class Objective:
             return False
         if self.hyperparameters.get("top_m") is not None:
             return True
-        # one that names its ranks and reads all of them treats all alike
-        return self.ranks_read is _all_ranks or self.ranks(1, 1000) < 1000
+        return self.ranks_read is None or self.ranks(1, 1000) < 1000
 
     def ranks(self, top_k: int, num_experts: int) -> int:
         """How many full-precision ranks this objective reads."""
+        if self.ranks_read is None:
+            return num_experts
         return self.ranks_read(top_k, num_experts, self.hyperparameters)
 
     def __str__(self) -> str:
@@ -180,27 +178,41 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
             Objective("margin", margin_loss, {}, _near_boundary),
             Objective("pairwise_margin", pairwise_margin_loss, {}, _near_boundary),
             Objective("router_kl", router_kl, {}, _top_m_ranks),
-            Objective("mse_kl", mse_kl, {}, _all_alike),
+            Objective("mse_kl", mse_kl, {}, _all_ranks),
             Objective("input_mse", input_mse, compares="inputs"),
         )
     }
 )
 
 
-def get_objective(objective: str | Objective, **hyperparameters: Any) -> Objective:
-    """Resolve a name, or an objective of your own, with other hyper-parameters.
+# A name, an objective of your own, or a name with hyper-parameters:
+# {"name": "vsraq", "alpha": 0.5}
+ObjectiveLike: TypeAlias = str | Objective | Mapping[str, Any]
+
+
+def get_objective(objective: ObjectiveLike) -> Objective:
+    """The objective that a name, a mapping or an `Objective` stands for.
 
     Args:
-        objective: A key of `OBJECTIVES`, or an `Objective`.
-        **hyperparameters: Replace those of the objective.
+        objective: A key of `OBJECTIVES`; a mapping of "name" to one, and of
+            hyper-parameters to values; or an `Objective`.
 
     Returns:
         The objective.
 
     Raises:
         ValueError: The name is unknown, or a hyper-parameter is not allowed.
-        TypeError: `objective` is neither a name nor an `Objective`.
+        TypeError: `objective` is none of these.
     """
+    hyperparameters: dict[str, Any] = {}
+    if isinstance(objective, Mapping):
+        hyperparameters = {k: v for k, v in objective.items() if k != "name"}
+        if not isinstance(objective.get("name"), str):
+            raise ValueError(
+                f"objective={dict(objective)!r}: it has no name; allowed is a mapping "
+                f'such as {{"name": "vsraq", "alpha": 0.5}}'
+            )
+        objective = objective["name"]
     if isinstance(objective, str):
         if objective not in OBJECTIVES:
             near = difflib.get_close_matches(objective, OBJECTIVES, n=1)
@@ -213,15 +225,12 @@ def get_objective(objective: str | Objective, **hyperparameters: Any) -> Objecti
     if not isinstance(objective, Objective):
         raise TypeError(
             f"objective={objective!r} is a {type(objective).__name__}: pass one of "
-            f"{', '.join(OBJECTIVES)}, or vsraq.Objective(name, token_loss)"
+            f"{', '.join(OBJECTIVES)}, a mapping with its name and hyper-parameters, "
+            "or vsraq.Objective(name, token_loss)"
         )
     if not hyperparameters:
         return objective
-    return Objective(
-        objective.name,
-        objective.token_loss,
-        dict(objective.hyperparameters) | hyperparameters,
-        objective.ranks_read,
-        objective.compares,
-        objective.selects_tokens,
+    return replace(
+        objective,
+        hyperparameters=dict(objective.hyperparameters) | hyperparameters,
     )

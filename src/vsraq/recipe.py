@@ -140,7 +140,7 @@ def _final_value(config: SignRoundConfig, name: str) -> Any:
     """An option's value; what the parts of the alignment leave to each other too."""
     if not isinstance(config, VSRAQConfig):
         return getattr(config, name, None)
-    if name in config.idle():
+    if name in config.alignment.unused_options():
         return None
     return getattr(config.alignment, name, getattr(config, name, None))
 

@@ -10,9 +10,9 @@ from auto_round.utils import check_to_quantized, get_block_names
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from vsraq.autoround.config import Alignment
 from vsraq.error_weights import check_weighted_size
 from vsraq.objectives import Objective
+from vsraq.options import Alignment
 from vsraq.routers import (
     Router,
     expert_containers,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vsraq.autoround.config import OnUnreached
 from vsraq.expert_coverage import ExpertCoverage
+from vsraq.options import OnUnreached
 
 logger = logging.getLogger("autoround.vsraq")
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vsraq.autoround.config import Alignment, RankBy
 from vsraq.autoround.refit_logits import RefitLogits
 from vsraq.autoround.terms import BlockTensors, split_samples
 from vsraq.capture import RouterCapture
 from vsraq.losses import FpLogits
 from vsraq.objectives import Objective
+from vsraq.options import Alignment, RankBy
 from vsraq.routers import BoundRouter, Compared, Router
 
 

@@ -38,7 +38,7 @@ from vsraq.autoround.checks import (
     check_weighting,
     within_reach,
 )
-from vsraq.autoround.config import Alignment, VSRAQConfig
+from vsraq.autoround.config import VSRAQConfig
 from vsraq.autoround.disk_errors import explain_disk_errors
 from vsraq.autoround.expert_coverage import RunCoverage
 from vsraq.autoround.exported_routers import around_saving, restore_refitted_routers
@@ -77,6 +77,7 @@ from vsraq.autoround.terms import (
 )
 from vsraq.capture import RouterCapture, router_input
 from vsraq.losses import FpLogits
+from vsraq.options import Alignment
 from vsraq.processes import (
     mean_over_processes,
     process_count,
@@ -145,8 +146,8 @@ class VSRAQQuantizer(SeveralProcesses):
     def __init__(self, config: VSRAQConfig) -> None:
         config.check_alignment()
         super().__init__(config)
-        self._objective = config.resolve_objective()
-        self._next_objective = config.resolve_next_objective()
+        self._objective = config.alignment.own_objective
+        self._next_objective = config.alignment.next_objective
         self._orchestrator: Any = None
         self._routers: tuple[Router, ...] = ()
         self._seed: int | None = None
@@ -187,7 +188,7 @@ class VSRAQQuantizer(SeveralProcesses):
             # Now, because AutoRound may empty the blocks before the run is prepared.
             self._router_classes = declared_router_classes(self.model)
             self._routers = find_routers(
-                self.model, router_pattern=self.config.router_pattern
+                self.model, router_pattern=self._alignment.router_pattern
             )
         if self._alignment.token_selection:
             self._aligned_tokens = AlignedTokens(self.config, self.model)
@@ -249,7 +250,7 @@ class VSRAQQuantizer(SeveralProcesses):
         super().prepare_run(composer=composer)
         check_stream(self.model_context)
         self._coverage = RunCoverage(
-            self.config.min_tokens_per_expert, self.config.on_unreached
+            self._alignment.min_tokens_per_expert, self._alignment.on_unreached
         )
         self._refitted = {}
         self._owns_output = bool(export_folders(self._orchestrator))
@@ -414,7 +415,7 @@ class VSRAQQuantizer(SeveralProcesses):
         return find_routers(
             block,
             router_classes=self._router_classes,
-            router_pattern=self.config.router_pattern,
+            router_pattern=self._alignment.router_pattern,
         )
 
     def _drop_fp_capture(self) -> None:

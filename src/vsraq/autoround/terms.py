@@ -8,7 +8,7 @@ micro-batch with what the same samples have in full precision.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,10 +16,10 @@ from torch import Tensor
 from vsraq.autoround.step import SampleTokens
 from vsraq.losses import FpLogits, reduce_tokens
 from vsraq.objectives import Objective
+from vsraq.options import Weight
 from vsraq.ranks import RankedLogits
 from vsraq.routers import Router
 
-Weight: TypeAlias = float | Literal["auto"]
 OWN_ROUTER, NEXT_ROUTER = "router", "next router"
 # (output of the block, samples of the micro-batch) -> logits (T, E), or inputs (T, H),
 # by router name

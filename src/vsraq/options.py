@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every option of router alignment, once: its default, what is allowed, what it needs.
+
+`Alignment` holds the final values of a run. A new option is one field here, and a
+keyword of `vsraq.VSRAQConfig` with its description.
+"""
+
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+from vsraq.error_weights import Weighting
+from vsraq.objectives import Objective, ObjectiveLike, get_objective
+from vsraq.realignment import DEFAULT_RIDGE
+from vsraq.token_selection import TokenMask
+
+Weight: TypeAlias = float | Literal["auto"]
+RankBy: TypeAlias = Literal["logits", "selection"]
+OnUnreached: TypeAlias = Literal["warn", "error"]
+
+
+def _is_number(value: object) -> bool:
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and abs(value) <= sys.float_info.max  # which an int may exceed
+    )
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        re.compile(value)
+    except (re.error, TypeError):
+        return False
+    return True
+
+
+_Metadata: TypeAlias = dict[str, Any]
+
+
+def _allowed(check: Callable[[Any], bool], text: str) -> _Metadata:
+    """What an option may be: a check of its value, and words for it."""
+    return {"check": check, "allowed": text}
+
+
+def _one_of(choices: Any) -> _Metadata:
+    allowed = get_args(choices)
+    return _allowed(lambda v: isinstance(v, str) and v in allowed, ", ".join(allowed))
+
+
+def _is_objective(value: Any) -> bool:
+    get_objective(value)  # its own error says more
+    return True
+
+
+_SWITCH = _allowed(lambda v: isinstance(v, bool), "True or False")
+_COUNT = _allowed(lambda v: type(v) is int and v >= 1, "an int >= 1")
+_WEIGHT = _allowed(
+    lambda v: v == "auto" or (_is_number(v) and v >= 0),
+    'a finite number >= 0, or "auto"',
+)
+_POSITIVE = _allowed(lambda v: _is_number(v) and v > 0, "a finite number > 0")
+_JSD = _allowed(lambda v: _is_number(v) and v >= 0, "a finite number >= 0, in nats")
+_SHIFT = _allowed(
+    lambda v: _is_number(v) and 0 <= v < 1, "a fraction from 0 to below 1, or None"
+)
+_MASK = _allowed(
+    lambda v: isinstance(v, TokenMask | str | Path),
+    "a TokenMask, the path of one, or None",
+)
+_PATTERN = _allowed(_is_pattern, "a regular expression")
+_OBJECTIVE = _allowed(_is_objective, "an objective")
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Which parts of router alignment a run has, every option with its final value.
+
+    Attributes:
+        router_weight: Weight of the own routers' loss; 0 is off.
+        next_router_weight: Weight of the next router's loss; 0 is off.
+        realign_routers: Whether routers are re-fitted.
+        objective: The loss per token of the own routers.
+        next_router_objective: That of the next router; None takes `objective`.
+        rank_by: Which order of the experts the losses read.
+        router_pattern: What names the routers; None finds them.
+        token_selection: Whether only tokens count whose output changed.
+        token_mask: Which tokens; None finds them.
+        tau: They changed by more than this Sampled-JSD, nats.
+        shift_threshold: And their routing moved by more than this; None: any.
+        lookahead: Blocks that may be run to reach the next router.
+        auto_ratio: Strength of automatic weights.
+        realign_ridge: Ridge of the re-fit.
+        realign_weighting: Which errors the re-fit counts.
+        min_tokens_per_expert: Experts with fewer calibration tokens are named.
+        on_unreached: Whether such an expert ends the run.
+    """
+
+    router_weight: Weight = field(default=0.0, metadata=_WEIGHT)
+    next_router_weight: Weight = field(default=0.0, metadata=_WEIGHT)
+    realign_routers: bool = field(default=False, metadata=_SWITCH)
+    objective: ObjectiveLike = field(default="top3k_mse", metadata=_OBJECTIVE)
+    next_router_objective: ObjectiveLike | None = field(
+        default=None, metadata=_OBJECTIVE
+    )
+    rank_by: RankBy = field(default="logits", metadata=_one_of(RankBy))
+    router_pattern: str | None = field(default=None, metadata=_PATTERN)
+    token_selection: bool = field(default=False, metadata=_SWITCH)
+    token_mask: TokenMask | str | Path | None = field(default=None, metadata=_MASK)
+    tau: float = field(default=1e-4, metadata=_JSD)
+    shift_threshold: float | None = field(default=None, metadata=_SHIFT)
+    lookahead: int = field(default=2, metadata=_COUNT)
+    auto_ratio: float = field(default=1.0, metadata=_POSITIVE)
+    realign_ridge: float = field(default=DEFAULT_RIDGE, metadata=_POSITIVE)
+    realign_weighting: Weighting = field(default="uniform", metadata=_one_of(Weighting))
+    min_tokens_per_expert: int = field(default=1, metadata=_COUNT)
+    on_unreached: OnUnreached = field(default="warn", metadata=_one_of(OnUnreached))
+
+    def __bool__(self) -> bool:
+        """Whether any part is on."""
+        return self.has_terms or bool(self.realign_routers)
+
+    @property
+    def has_terms(self) -> bool:
+        """Whether a router loss takes part in the tuning."""
+        return self.router_weight != 0 or self.next_router_weight != 0
+
+    @property
+    def reads_full_precision(self) -> bool:
+        """Whether a part reads what a block's own routers do in full precision."""
+        return self.router_weight != 0 or self.realign_routers
+
+    @property
+    def own_objective(self) -> Objective:
+        """The objective of the own routers."""
+        return get_objective(self.objective)
+
+    @property
+    def next_objective(self) -> Objective:
+        """The objective of the next router."""
+        return get_objective(self.next_router_objective or self.objective)
+
+    @property
+    def read_objectives(self) -> list[Objective]:
+        """The objectives of the losses that are on."""
+        read = [self.own_objective] if self.router_weight != 0 else []
+        return read + [self.next_objective] * (self.next_router_weight != 0)
+
+    @property
+    def is_selective(self) -> bool:
+        """Whether an objective that takes part is meant for selected tokens."""
+        return (bool(self) and self.own_objective.selects_tokens) or any(
+            objective.selects_tokens for objective in self.read_objectives
+        )
+
+    def unused_options(self) -> dict[str, str]:
+        """Options that have no effect, and what each of them needs."""
+        needed = {}
+        if not self.has_terms:
+            needed["rank_by"] = "a router_weight or next_router_weight"
+        elif not any(o.depends_on_ranking for o in self.read_objectives):
+            needed["rank_by"] = "an objective that does not treat all experts alike"
+        if not self:
+            part = "a part of the alignment that is on"
+            needed |= dict.fromkeys(_OF_ANY_PART, part)
+        if not self.token_selection:
+            selection = 'objective="sra" or token_selection=True'
+            needed |= dict.fromkeys(("token_mask", *_OF_SELECTION), selection)
+        elif self.token_mask is not None:
+            own = "token_mask=None, because a mask has its own"
+            needed |= dict.fromkeys(_OF_SELECTION, own)
+        if self.next_router_weight == 0:
+            next_term = "a next_router_weight"
+            needed |= dict.fromkeys(("lookahead", "next_router_objective"), next_term)
+        if "auto" not in (self.router_weight, self.next_router_weight):
+            needed["auto_ratio"] = 'a weight of "auto"'
+        if not self.realign_routers:
+            refit = "realign_routers=True"
+            needed |= dict.fromkeys(("realign_ridge", "realign_weighting"), refit)
+        return needed
+
+
+PARTS = ("router_weight", "next_router_weight", "realign_routers")
+_OF_SELECTION = ("tau", "shift_threshold")
+_OF_ANY_PART = (
+    "token_selection",
+    "router_pattern",
+    "min_tokens_per_expert",
+    "on_unreached",
+)
+OPTIONS = tuple(option.name for option in fields(Alignment))
+# chosen by benchmarks/routing.py; see docs/results.md
+DEFAULT_RECIPE = Alignment("auto", "auto", realign_routers=True)
+
+
+def resolve(named: Mapping[str, Any]) -> Alignment:
+    """The alignment of the options that a user has named.
+
+    Switch parts on to have only those, or switch parts off to have the others.
+
+    Args:
+        named: Values by `OPTIONS`; None stands for the default.
+    """
+    named = {name: value for name, value in named.items() if value is not None}
+    # 0 and False are off; anything else, a mistake too, is on
+    some_on = any(named.get(part, 0) != 0 for part in PARTS)
+    alignment = replace(Alignment() if some_on else DEFAULT_RECIPE, **named)
+    if "token_selection" not in named and alignment.is_selective:
+        return replace(alignment, token_selection=True)
+    return alignment
+
+
+def check(named: Mapping[str, Any]) -> None:
+    """Check the options that a user has named.
+
+    Args:
+        named: Values by `OPTIONS`; None stands for the default.
+
+    Raises:
+        ValueError: A value is not allowed, or would have no effect.
+    """
+    named = {name: value for name, value in named.items() if value is not None}
+    for option in fields(Alignment):
+        if option.name in named:
+            value = named[option.name]
+            if not option.metadata["check"](value):
+                allowed = option.metadata["allowed"]
+                raise ValueError(f"{option.name}={value!r}: allowed is {allowed}")
+    alignment = resolve(named)
+    for name, needed in alignment.unused_options().items():
+        if name in named:
+            raise ValueError(
+                f"{name}={named[name]!r}: it has no effect without {needed}; pass "
+                f"that too, or leave {name} out"
+            )
+    _check_hyperparameters_are_read(alignment)
+    if not alignment.token_selection and alignment.is_selective:
+        raise ValueError(
+            f"token_selection=False: objective {alignment.objective!r} is for selected "
+            'tokens; allowed is None or True, or objective="ra" for all tokens'
+        )
+
+
+def _check_hyperparameters_are_read(alignment: Alignment) -> None:
+    """Refuse hyper-parameters of an objective that no loss reads."""
+    objective = alignment.objective
+    own_is_read = alignment.router_weight != 0 or (
+        alignment.next_router_weight != 0 and alignment.next_router_objective is None
+    )
+    if not own_is_read and isinstance(objective, Mapping) and len(objective) > 1:
+        raise ValueError(
+            f"objective={dict(objective)!r}: its hyper-parameters have no effect "
+            "without a term that has this objective (router_weight); pass that too, "
+            "or leave them out"
+        )
