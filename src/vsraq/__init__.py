@@ -1,15 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
 """Router-aligned quantization of mixture-of-experts models, as an AutoRound plug-in.
 
-Importing this package registers the algorithm "vsraq" with AutoRound.
+Importing this package registers the algorithm "vsraq" with AutoRound: at once where
+AutoRound is imported already, otherwise as soon as it is. Names are looked up when they
+are used first, so that `vsraq.losses` needs no AutoRound.
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from vsraq.autoround import VSRAQConfig, select_tokens
-from vsraq.objectives import OBJECTIVES, Objective
-from vsraq.realignment import realign_routers
-from vsraq.routers import Router, find_routers
+from wrapt import when_imported
+
+if TYPE_CHECKING:
+    from vsraq.autoround import VSRAQConfig, select_tokens
+    from vsraq.objectives import OBJECTIVES, Objective
+    from vsraq.realignment import realign_routers
+    from vsraq.routers import Router, find_routers
+
+_ROOMS = {
+    "OBJECTIVES": "vsraq.objectives",
+    "Objective": "vsraq.objectives",
+    "Router": "vsraq.routers",
+    "VSRAQConfig": "vsraq.autoround",
+    "find_routers": "vsraq.routers",
+    "realign_routers": "vsraq.realignment",
+    "select_tokens": "vsraq.autoround",
+}
 
 __version__ = version("vsraq")
 __all__ = [
@@ -22,3 +39,21 @@ __all__ = [
     "realign_routers",
     "select_tokens",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of this package when it is used first (PEP 562)."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_ROOMS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+@when_imported("auto_round")
+def _register(_auto_round: object) -> None:
+    import_module("vsraq.autoround")
