@@ -13,7 +13,7 @@ from auto_round import AutoRound
 from hypothesis import HealthCheck, settings
 
 import tiny
-from vsraq.autoround import VSRAQQuantizer
+from vsraq.autoround.block_tuning import BlockTuning
 from vsraq.demo.text import documents
 
 # AutoRound collects garbage a dozen times a run; skip what the imports have left.
@@ -58,13 +58,13 @@ def vsraq_log():
 def terms(monkeypatch):
     """The terms of every block of a run: [(block, {label: term})]."""
     seen = []
-    probe = VSRAQQuantizer._probe
+    probe = BlockTuning.probe
 
-    def spy(self, run, *args):
-        seen.append((run.name, {term.label: term for term in run.terms}))
-        probe(self, run, *args)
+    def spy(self, *args):
+        seen.append((self.name, {term.label: term for term in self.terms}))
+        probe(self, *args)
 
-    monkeypatch.setattr(VSRAQQuantizer, "_probe", spy)
+    monkeypatch.setattr(BlockTuning, "probe", spy)
     return seen
 
 

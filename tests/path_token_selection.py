@@ -36,7 +36,7 @@ class Selecting(VSRAQQuantizer):
         super().prepare_run(composer=composer)
         before = state(self.model)
         ids = self.recorder.take()
-        mask = select_tokens_of_run(self._orchestrator, composer, ids, tau=0.05).mask
+        mask = select_tokens_of_run(self.run.orchestrator, composer, ids, tau=0.05).mask
         result = {
             "masks": [m.tolist() for m in mask.masks],
             "untouched": state(self.model) == before,

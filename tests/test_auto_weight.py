@@ -8,19 +8,20 @@ from test_autoround import padded, same, tuned, weights
 from tiny import block_lines
 from vsraq import VSRAQConfig
 from vsraq.autoround import VSRAQQuantizer
+from vsraq.autoround.block_tuning import BlockTuning
 
 
 @pytest.fixture
 def weights_found(monkeypatch):
     """The exact weight of every term, by block: the log rounds."""
     found = {}
-    probe = VSRAQQuantizer._probe
+    probe = BlockTuning.probe
 
-    def spy(self, run, *args):
-        probe(self, run, *args)
-        found[run.name] = {term.label: term.weight for term in run.terms}
+    def spy(self, *args):
+        probe(self, *args)
+        found[self.name] = {term.label: term.weight for term in self.terms}
 
-    monkeypatch.setattr(VSRAQQuantizer, "_probe", spy)
+    monkeypatch.setattr(BlockTuning, "probe", spy)
     return found
 
 
@@ -82,12 +83,12 @@ def test_the_gradients_have_that_ratio(quantize, monkeypatch):
     gradients = []
 
     def spy(self, scaler, optimizer, lr_schedule):
-        if self._run is not None and self._run.name == "model.layers.0":
-            (term,) = self._run.terms
+        if self.tuning is not None and self.tuning.name == "model.layers.0":
+            (term,) = self.tuning.terms
             assert term.reached == 4
             own = [
                 p.grad.clone()
-                for n, m in self.block.named_modules()
+                for n, m in blocks[-1].named_modules()
                 if n.startswith("self_attn.") and hasattr(m, "orig_layer")
                 for p in m.params.values()
                 if p.grad is not None
@@ -95,14 +96,15 @@ def test_the_gradients_have_that_ratio(quantize, monkeypatch):
             gradients.append(torch.cat([g.flatten() for g in own]))
         step(self, scaler, optimizer, lr_schedule)
 
-    wrapped = VSRAQQuantizer._probe
+    blocks = []
+    wrapped = BlockTuning.probe
 
-    def keep_block(self, run, block, *args):
-        self.block = block
-        wrapped(self, run, block, *args)
+    def keep_block(self, block, *args):
+        blocks.append(block)
+        wrapped(self, block, *args)
 
     monkeypatch.setattr(VSRAQQuantizer, "_step", spy)
-    monkeypatch.setattr(VSRAQQuantizer, "_probe", keep_block)
+    monkeypatch.setattr(BlockTuning, "probe", keep_block)
 
     def first_gradient(ratio):
         gradients.clear()

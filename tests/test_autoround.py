@@ -292,7 +292,7 @@ def test_masked_tokens_do_not_shift_the_ratio(quantize, monkeypatch):
 
     def spy(self, *args, **kwargs):
         loss = get_loss(self, *args, **kwargs)
-        current = self._run.current
+        current = self.tuning.current
         mask = args[5]
         share = sum(m.sum().item() for m in mask) / sum(m.numel() for m in mask)
         shares.append(share)

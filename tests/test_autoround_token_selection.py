@@ -41,7 +41,7 @@ def selecting(monkeypatch):
         prepare_run(self, composer=composer)
         ids = self.recorder.take()
         selections.append(
-            select_tokens_of_run(self._orchestrator, composer, ids, **options)
+            select_tokens_of_run(self.run.orchestrator, composer, ids, **options)
         )
 
     monkeypatch.setattr(VSRAQQuantizer, "bind", recording)
@@ -235,7 +235,7 @@ def test_the_model_and_the_run_are_as_without_it(
     within = VSRAQQuantizer.prepare_run
 
     def states(quantizer):
-        model, inputs = quantizer.model, quantizer._orchestrator.inputs
+        model, inputs = quantizer.model, quantizer.run.orchestrator.inputs
         tensors = {n: t.detach().clone() for n, t in model.state_dict().items()}
         attributes = {n: sorted(vars(m)) for n, m in model.named_modules()}
         cached = {n: {k: str(v) for k, v in c.items()} for n, c in inputs.items()}

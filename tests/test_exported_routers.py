@@ -78,7 +78,7 @@ def check(folder, refitted, source, names=lambda name: name):
 
 def refitted_of(autoround):
     quantizer: VSRAQQuantizer = autoround.alg_composer.block_quantizer
-    return quantizer._refitted
+    return quantizer.run.refitted
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import at_size
 import tiny
 from test_autoround import tuned
 from vsraq import VSRAQConfig
-from vsraq.autoround import VSRAQQuantizer
+from vsraq.autoround.aligned_block import AlignedBlock
 from vsraq.autoround.next_router import NextRouter
 
 CARD = "cuda:0"
@@ -134,16 +134,16 @@ def test_low_gpu_mem_usage(quantize, vsraq_log):
 def test_two_devices(quantize, vsraq_log, monkeypatch):
     """An automatic map: the look-ahead runs where AutoRound takes the loss."""
     where = []
-    values, next_term = NextRouter.values, VSRAQQuantizer._next_term
+    values, next_term = NextRouter.values, AlignedBlock.next_term
 
     def spy(self, *args):
         where.append({p.device for block in self._blocks for p in block.parameters()})
         return values(self, *args)
 
-    def note(self, *args):
+    def note(self, device):
         where.clear()
-        term = next_term(self, *args)
-        assert where[0] == {torch.device(self._loss_device)}
+        term = next_term(self, device)
+        assert where[0] == {torch.device(device)}
         return term
 
     try:
@@ -153,7 +153,7 @@ def test_two_devices(quantize, vsraq_log, monkeypatch):
         pytest.skip(f"AutoRound alone fails on two devices: {error}")
     one, errors = run(quantize, vsraq_log, amp=False)
     monkeypatch.setattr(NextRouter, "values", spy)
-    monkeypatch.setattr(VSRAQQuantizer, "_next_term", note)
+    monkeypatch.setattr(AlignedBlock, "next_term", note)
     two, two_errors = run(quantize, vsraq_log, amp=False, device_map="0,1")
     assert where
     check_close(two, one, 0.05)

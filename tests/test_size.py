@@ -12,10 +12,11 @@ import tiny
 from vsraq import VSRAQConfig, error_weights, routers
 from vsraq.analysis import compare
 from vsraq.analysis.compare import CHUNK_TOKENS
-from vsraq.autoround import VSRAQQuantizer, quantizer, refit_logits
+from vsraq.autoround import alignment_run, refit_logits
+from vsraq.autoround.aligned_block import AlignedBlock
 from vsraq.autoround.checks import check_smoothing
+from vsraq.autoround.counted_tokens import SampleTokens
 from vsraq.autoround.refit_logits import RefitLogits, in_half
-from vsraq.autoround.step import SampleTokens
 from vsraq.autoround.terms import RouterTerm, split_samples
 from vsraq.error_weights import check_weighted_size
 from vsraq.objectives import get_objective
@@ -101,14 +102,15 @@ def test_it_is_refused_before_a_block_is_tuned(quantize, monkeypatch):
 
 def test_the_loss_keeps_its_ranks_only_and_the_refit_two_bytes(quantize, terms):
     kept = {}
-    refit = VSRAQQuantizer._refit
+    refit = AlignedBlock.refit
 
-    def spy(self, name, block, router, fp_logits, tensors):
-        kept[name] = fp_logits
-        refit(self, name, block, router, fp_logits, tensors)
+    def spy(self, fp_routers):
+        for router in self.routers:
+            kept[self.full_name(router)] = fp_routers.logits[router.name]
+        refit(self, fp_routers)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(VSRAQQuantizer, "_refit", spy)
+        patch.setattr(AlignedBlock, "refit", spy)
         config = VSRAQConfig(iters=1, objective="topk_mse")
         quantize(tiny.tiny_model("solar_open"), config)
     (_, first), *_ = terms
@@ -295,9 +297,9 @@ def test_the_check_of_smoothing_looks_at_every_module_a_few_times(monkeypatch):
 def test_blocks_are_listed_once_a_run(quantize, monkeypatch):
     """A walk of the whole model, for each of its blocks."""
     calls = []
-    listed = quantizer.get_block_names
+    listed = alignment_run.get_block_names
     monkeypatch.setattr(
-        quantizer, "get_block_names", lambda *a: calls.append(1) or listed(*a)
+        alignment_run, "get_block_names", lambda *a: calls.append(1) or listed(*a)
     )
     quantize(tiny.tiny_model("solar_open", num_hidden_layers=4), VSRAQConfig(iters=1))
     assert len(calls) == 1

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from vsraq.autoround.refit_logits import RefitLogits
 from vsraq.autoround.terms import BlockTensors, split_samples
 from vsraq.capture import RouterCapture
-from vsraq.losses import FpLogits
 from vsraq.objectives import Objective
 from vsraq.options import Alignment, RankBy
+from vsraq.ranks import FpTarget
 from vsraq.routers import BoundRouter, Compared, Router
 
 
@@ -53,7 +53,7 @@ class _CaptureHandle:
 class _Call:
     """What is kept of one call of a router."""
 
-    target: FpLogits | None  # of the own routers' loss
+    target: FpTarget | None  # of the own routers' loss
     selected: Tensor | None  # (T, K), int16; None if nobody knows what it chooses
 
 
@@ -70,7 +70,7 @@ class FpRouters:
             unknown rules are missing.
     """
 
-    targets: dict[str, list[FpLogits]]
+    targets: dict[str, list[FpTarget]]
     logits: dict[str, list[Tensor]]
     selected: dict[str, Tensor]
 
@@ -134,7 +134,7 @@ class FullPrecisionCapture:
             self._refit[router.name].add(logits)
         return _Call(self._target(router, values), selected)
 
-    def _target(self, router: BoundRouter, values: Tensor) -> FpLogits | None:
+    def _target(self, router: BoundRouter, values: Tensor) -> FpTarget | None:
         if not self._own_term:
             return None
         ranking = None

@@ -8,6 +8,7 @@ router" of DREAM-MoE). The following blocks get the arguments that AutoRound has
 for its blocks, the same that it will run them with when their turn comes.
 """
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -20,9 +21,18 @@ from auto_round.utils.offload import OffloadManager
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from vsraq.autoround.alignment_run import AlignmentRun
 from vsraq.autoround.block_copy import copy_block
+from vsraq.autoround.full_precision import ranking_of
 from vsraq.autoround.look_ahead_device import look_ahead_device
+from vsraq.autoround.terms import (
+    NEXT_ROUTER,
+    BlockTensors,
+    RouterTerm,
+    split_samples,
+)
 from vsraq.capture import router_input
+from vsraq.options import Alignment
 from vsraq.routers import Compared, Router, expert_containers, routers_inside
 
 
@@ -39,6 +49,9 @@ class _NotLoaded(nn.Module):
             "uses the router's weight without calling that, so the router's input "
             "cannot be had without them; allowed is next_router_weight=0"
         )
+
+
+logger = logging.getLogger("autoround.vsraq")
 
 
 class NextRouter:
@@ -179,3 +192,102 @@ def load_without_experts(
     device = look_ahead_device(loaded, device)
     convert_module_to_hp_if_necessary(loaded, dtype, device)
     return loaded.to(device).eval()
+
+
+def load_next_router(
+    block: str,
+    following: Sequence[str],
+    run: AlignmentRun,
+    runner: BlockForwardRunner,
+    device: torch.device | str,
+) -> NextRouter | None:
+    """The next router of a block, with the blocks on the way to it.
+
+    Args:
+        block: The name of the block that is tuned.
+        following: The blocks behind it, in order.
+        run: For the routers, the model and the look-ahead.
+        runner: AutoRound's, for batches and precision.
+        device: Where it runs, unless AutoRound's device map names another.
+
+    Returns:
+        None if there is no MoE router in reach, which the log says.
+
+    Raises:
+        RuntimeError: Tensors are neither in memory nor on disk.
+    """
+    lookahead = run.alignment.lookahead
+    found = find_next_router(following, run.routers, lookahead)
+    if found is None:
+        logger.info(
+            "vsraq: %s: no MoE router in the %d blocks behind it, so no next "
+            "router term",
+            block,
+            min(lookahead, len(following)),
+        )
+        return None
+    blocks, router = found
+    orchestrator = run.orchestrator
+    loaded = [
+        load_without_experts(
+            run.model,
+            name,
+            run.routers,
+            orchestrator._offloader,
+            orchestrator.model_context.amp_dtype,
+            device,
+        )
+        for name in blocks
+    ]
+    return NextRouter(f"{blocks[-1]}.{router.name}", router, loaded, runner)
+
+
+def next_term(
+    block: str,
+    next_router: NextRouter,
+    alignment: Alignment,
+    tensors: BlockTensors,
+    runner: BlockForwardRunner,
+    cache_device: torch.device | str,
+) -> RouterTerm:
+    """The term of the next router, with what it does in full precision.
+
+    Args:
+        block: The name of the block that is tuned.
+        next_router: The router ahead of it.
+        alignment: For the weight, the objective and the ranking.
+        tensors: What the block is tuned with.
+        runner: AutoRound's, for its batches.
+        cache_device: Where the targets are kept.
+
+    Raises:
+        RuntimeError: The router saw other tokens than the block.
+    """
+    router, objective = next_router.router, alignment.next_objective
+
+    def values(output: Tensor, samples: list[int]) -> Tensor:
+        return next_router.values(output, tensors.others, samples, objective.compares)
+
+    targets = []
+    with torch.no_grad():
+        for samples in tensors.batches(runner.batch_size):
+            fp_values = values(tensors.reference(samples), samples)
+            ranking = None
+            if objective.compares == "logits":
+                ranking = ranking_of(alignment.rank_by, router, fp_values)
+            target = objective.target(fp_values, top_k=router.top_k, ranking=ranking)
+            targets.append(target.to(cache_device))
+
+    def q_values(output: Tensor, samples: list[int]) -> dict[str, Tensor]:
+        return {router.name: values(output, samples)}
+
+    fp_targets = split_samples(block, next_router.name, targets, tensors.tokens)
+    return RouterTerm(
+        NEXT_ROUTER,
+        objective,
+        alignment.next_router_weight,
+        (router.description,),
+        {router.name: fp_targets},
+        q_values,
+        every_second=not shares_a_batch(tensors.others, runner),
+    )

@@ -5,19 +5,18 @@ A block has up to two terms: its own routers, and the next router. Both compare 
 micro-batch with what the same samples have in full precision.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from vsraq.autoround.step import SampleTokens
-from vsraq.losses import FpLogits, reduce_tokens
+from vsraq.capture import RouterCapture
+from vsraq.losses import reduce_tokens
 from vsraq.objectives import Objective
 from vsraq.options import Weight
-from vsraq.ranks import RankedLogits
+from vsraq.ranks import FpTarget, concatenate, is_finite
 from vsraq.routers import Router
 
 OWN_ROUTER, NEXT_ROUTER = "router", "next router"
@@ -80,7 +79,7 @@ class RouterTerm:
     objective: Objective
     weight: Weight
     routers: Sequence[Router]
-    fp_targets: Mapping[str, list[FpLogits]]
+    fp_targets: Mapping[str, list[FpTarget]]
     q_values: QValues
     every_second: bool = False
     reached: int = 0
@@ -134,139 +133,57 @@ class RouterTerm:
         return torch.stack(losses).mean()
 
 
-@dataclass
-class Losses:
-    """Sums over the micro-batches of one iteration, by name."""
+def own_term(
+    objective: Objective,
+    weight: Weight,
+    routers: Sequence[Router],
+    fp_targets: Mapping[str, list[FpTarget]],
+    capture: RouterCapture[Tensor],
+) -> RouterTerm:
+    """The term of a block's own routers, whose values a capture has seen.
 
-    parts: dict[str, Tensor | float] = field(default_factory=dict)
-    total: Tensor | float = 0.0
-    valid_tokens: Tensor | float = 0.0
-    batches: int = 0
-
-    def add(self, name: str, loss: Tensor) -> None:
-        """Add one micro-batch's loss."""
-        self.parts[name] = self.parts.get(name, 0.0) + loss.detach()
-
-    def means(self) -> dict[str, float]:
-        """Mean over the micro-batches."""
-        count = max(self.batches, 1)
-        return {name: float(loss) / count for name, loss in self.parts.items()}
-
-    def selection_value(self) -> float:
-        """What AutoRound compares to find the best iteration, up to a constant."""
-        return float(self.total) / max(float(self.valid_tokens), 1.0)
-
-
-@dataclass
-class BlockRun:
-    """The block that is being tuned.
-
-    Attributes:
-        name: Its name in the model.
-        terms: Its router losses.
-        keep_best: Whether AutoRound keeps the best iteration, not the last.
-        tokens: Tokens of each calibration sample.
+    Args:
+        objective: The loss per token.
+        weight: Its weight.
+        routers: The block's routers.
+        fp_targets: By router name, what each sample has in full precision.
+        capture: Is open while the block is tuned.
     """
 
-    name: str
-    terms: Sequence[RouterTerm]
-    keep_best: bool
-    tokens: SampleTokens
-    quantized: int = 0
-    iteration: int = 0
-    current: Losses = field(default_factory=Losses)
-    first: dict[str, float] | None = None
-    best: dict[str, float] = field(default_factory=dict)
-    best_value: float = math.inf
-    best_iteration: int = 0
+    def q_values(_output: Tensor, _samples: list[int]) -> dict[str, Tensor]:
+        return {name: torch.cat(kept) for name, kept in capture.take().items()}
 
-    def finish_iteration(self) -> None:
-        """Take the sums of an iteration that is over; without sums, do nothing."""
-        if self.current.batches == 0:
-            return
-        means, value = self.current.means(), self.current.selection_value()
-        if self.first is None:
-            self.first = means
-        if value < self.best_value or not self.keep_best:
-            self.best, self.best_value = means, value
-            self.best_iteration = self.iteration
-        self.current = Losses()
-        self.iteration += 1
-
-    def summary(self) -> str:
-        """One line for the log.
-
-        Raises:
-            RuntimeError: No iteration was finished.
-        """
-        if self.first is None:
-            raise RuntimeError(f"block {self.name}: no iteration was finished")
-
-        def change(name: str) -> str:
-            first: dict[str, float] = self.first or {}
-            return f"{name} {first[name]:.3e} -> {self.best[name]:.3e}"
-
-        parts = [change("reconstruction")]
-        parts += [
-            f"{change(term.label)} (weight {term.weight:.4g}, reaches {term.reached} "
-            f"of {self.quantized} quantized layers)"
-            for term in self.terms
-        ]
-        return f"{self.name}: iter 0 -> {self.best_iteration}: {', '.join(parts)}"
+    return RouterTerm(OWN_ROUTER, objective, weight, routers, fp_targets, q_values)
 
 
 def split_samples(
-    block: str, router: str, calls: Sequence[FpLogits], tokens: Sequence[int]
-) -> list[FpLogits]:
+    block: str, router: str, calls: Sequence[FpTarget], tokens: Sequence[int]
+) -> list[FpTarget]:
     """The target of each calibration sample, from those of each router call.
 
     Raises:
         RuntimeError: The router saw other tokens than the block, or its values are not
             finite.
     """
-    seen = sum(len(_values(call)) for call in calls)
+    seen = sum(len(call) for call in calls)
     if seen != sum(tokens):
         raise RuntimeError(
             f"block {block}: router {router} saw {seen} tokens, the block "
             f"{sum(tokens)}; allowed is every token exactly once"
         )
-    if not all(torch.isfinite(_values(call)).all() for call in calls):
+    if not all(is_finite(call) for call in calls):
         raise RuntimeError(
             f"block {block}: router {router} has non-finite full-precision values; "
             "look for inf or NaN in the model's weights or the calibration inputs"
         )
     # one call at a time: all of them concatenated would be the same memory once more
-    samples: list[FpLogits] = []
-    rest: FpLogits | None = None  # of a sample that ends in a later call
+    samples: list[FpTarget] = []
+    rest: FpTarget | None = None  # of a sample that ends in a later call
     for call in calls:
         left = call if rest is None else concatenate([rest, call])
-        while len(samples) < len(tokens) and len(_values(left)) >= tokens[len(samples)]:
+        while len(samples) < len(tokens) and len(left) >= tokens[len(samples)]:
             count = tokens[len(samples)]
-            samples.append(_rows(left, slice(None, count)))
-            left = _rows(left, slice(count, None))
-        rest = left if len(_values(left)) else None
+            samples.append(left[:count])
+            left = left[count:]
+        rest = left if len(left) else None
     return samples
-
-
-def _values(target: FpLogits) -> Tensor:
-    return target if isinstance(target, Tensor) else target.values
-
-
-def _rows(target: FpLogits, rows: slice) -> FpLogits:
-    """Some tokens of a target."""
-    if isinstance(target, Tensor):
-        return target[rows]
-    return RankedLogits(target.values[rows], target.indices[rows], target.num_experts)
-
-
-def concatenate(parts: Sequence[FpLogits]) -> FpLogits:
-    """The targets of several calls or samples, one behind the other."""
-    tensors = [part for part in parts if isinstance(part, Tensor)]
-    if tensors:
-        return torch.cat(tensors)
-    ranks = [part for part in parts if isinstance(part, RankedLogits)]
-    return RankedLogits(
-        torch.cat([part.values for part in ranks]),
-        torch.cat([part.indices for part in ranks]),
-        ranks[0].num_experts,
-    )

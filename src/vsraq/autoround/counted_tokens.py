@@ -1,19 +1,68 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a micro-batch counts in its step.
+"""Which tokens count, and what a micro-batch counts in its step.
 
-With gradient accumulation a step has several micro-batches, and AutoRound adds them up
-by their valid tokens. A mean over other tokens, those that are selected or those of the
-samples that a term looks at, has to count by those, so that the step is the loss of the
-undivided batch (of SRA's Eq. 8, say).
+AutoRound masks some tokens; of the valid ones only those count for the routers that are
+selected. With gradient accumulation a step has several micro-batches, and AutoRound
+adds them up by their valid tokens. A mean over other tokens, those that are selected or
+those of the samples that a term looks at, has to count by those, so that the step is
+the loss of the undivided batch (of SRA's Eq. 8, say).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vsraq.processes import process_count, sum_over_processes
+from vsraq.token_selection import TokenMask
+
+
+@dataclass(frozen=True)
+class CountedTokens:
+    """Which tokens of the calibration samples count.
+
+    Attributes:
+        valid_masks: AutoRound's masks of each sample; None or empty for all tokens.
+        selected: The selected tokens; None for all.
+    """
+
+    valid_masks: Sequence[Tensor] | None
+    selected: TokenMask | None
+
+    def valid(self, samples: Sequence[int]) -> Tensor | None:
+        """Valid tokens of some samples, (T,); None for all."""
+        if not self.valid_masks:
+            return None
+        return torch.cat([self.valid_masks[i].flatten() for i in samples])
+
+    def counted(self, samples: Sequence[int]) -> Tensor | None:
+        """Tokens that count for the routers, (T,): valid ones that are selected.
+
+        None is all of them: a mean over all tokens may round otherwise than one over
+        a mask of ones.
+        """
+        valid = self.valid(samples)
+        if self.selected is None:
+            return valid
+        selected = self.selected.of_samples(samples)
+        if selected.all():
+            return valid
+        return selected if valid is None else valid * selected.to(valid)
+
+    def per_sample(self, tokens: Sequence[int]) -> "SampleTokens":
+        """How many count.
+
+        Args:
+            tokens: All tokens of each sample.
+        """
+        valid, counted = [], []
+        for sample, total in enumerate(tokens):
+            masks = self.valid([sample]), self.counted([sample])
+            numbers = [total if mask is None else int(mask.sum()) for mask in masks]
+            valid.append(numbers[0])
+            counted.append(numbers[1])
+        return SampleTokens(valid, counted)
 
 
 @dataclass(frozen=True)
@@ -72,20 +121,3 @@ class SampleTokens:
         if in_step == 0:
             return 0.0
         return self.share(samples, [i for i in samples if i in looked_at]) / in_step
-
-
-def count_tokens(
-    tokens: Sequence[int], masks: Callable[[int], tuple[Tensor | None, Tensor | None]]
-) -> SampleTokens:
-    """Count the tokens of each calibration sample.
-
-    Args:
-        tokens: All tokens of each sample.
-        masks: Sample -> its valid tokens and those that count, (T,), None for all.
-    """
-    valid, counted = [], []
-    for sample, total in enumerate(tokens):
-        own_valid, own_counted = masks(sample)
-        valid.append(total if own_valid is None else int(own_valid.sum()))
-        counted.append(total if own_counted is None else int(own_counted.sum()))
-    return SampleTokens(valid, counted)

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A block that AutoRound is about to tune: its routers, its tokens, its terms."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from auto_round.algorithms.block_runner import BlockForwardRunner
+from torch import Tensor, nn
+
+from vsraq.autoround.alignment_run import AlignmentRun
+from vsraq.autoround.counted_tokens import CountedTokens
+from vsraq.autoround.full_precision import FpRouters
+from vsraq.autoround.next_router import load_next_router, next_term
+from vsraq.autoround.refit import refit_in_block
+from vsraq.autoround.routing_pass import selected_experts
+from vsraq.autoround.terms import BlockTensors, RouterTerm, own_term
+from vsraq.capture import RouterCapture
+from vsraq.routers import Router, count_experts
+
+
+@dataclass(frozen=True)
+class AlignedBlock:
+    """What is done to one block besides AutoRound's tuning.
+
+    Attributes:
+        module: The block, or several in one module (`nblocks`).
+        names: Their names in the model.
+        routers: By their names inside `module`.
+        tensors: What it is tuned with.
+        tokens: Which tokens count.
+        run: The run.
+        runner: AutoRound's, for its batches, precision and device.
+    """
+
+    module: nn.Module
+    names: Sequence[str]
+    routers: Sequence[Router]
+    tensors: BlockTensors
+    tokens: CountedTokens
+    run: AlignmentRun
+    runner: BlockForwardRunner
+
+    @property
+    def name(self) -> str:
+        """Of the block, or of all blocks in the module."""
+        return "+".join(self.names)
+
+    def full_name(self, router: Router) -> str:
+        """A router's name in the model."""
+        if len(self.names) == 1:
+            return f"{self.names[0]}.{router.name}"
+        _layers, index, own = router.name.split(".", 2)  # AutoRound's WrapperMultiblock
+        return f"{self.names[int(index)]}.{own}"
+
+    def check_routers(self) -> None:
+        """Compare the block's routers with those of the model.
+
+        Raises:
+            RuntimeError: They differ.
+        """
+        routers = self.run.routers
+        expected = sum(router.is_in(name) for name in self.names for router in routers)
+        if len(self.routers) != expected:
+            raise RuntimeError(
+                f"block {self.name}: it has {len(self.routers)} routers, the model "
+                f"{expected} in it; allowed is a router_pattern that finds the same in "
+                "both, from the name's end on"
+            )
+
+    def count_tokens(self, fp_routers: FpRouters, *, quantized_stream: bool) -> None:
+        """Count the tokens that the block's experts are about to be tuned on.
+
+        Args:
+            fp_routers: What the routers choose in full precision.
+            quantized_stream: Whether the block is tuned on other inputs than those.
+
+        Raises:
+            ValueError: Some expert got too few, and that is an error.
+        """
+        fp_selected = fp_routers.selected
+        counted = [router for router in self.routers if router.name in fp_selected]
+        q_selected = fp_selected
+        if quantized_stream:
+            q_selected = selected_experts(
+                self.module, counted, self.tensors, self.runner
+            )
+        valid = self.tokens.valid(range(len(self.tensors.fp_outputs)))
+        for router in counted:
+            self.run.coverage.add(
+                self.full_name(router),
+                count_experts(self.module, router),
+                q_selected[router.name],
+                fp_selected[router.name],
+                valid,
+            )
+
+    def own_term(self, fp_routers: FpRouters, stack: ExitStack) -> RouterTerm | None:
+        """The loss of the block's own routers, None if there is none.
+
+        Args:
+            fp_routers: What they do in full precision.
+            stack: Gets the capture that is open while the block is tuned.
+        """
+        alignment = self.run.alignment
+        if not self.routers or alignment.router_weight == 0:
+            return None
+        objective = alignment.own_objective
+        capture = stack.enter_context(
+            RouterCapture[Tensor](
+                self.module, self.routers, compared=objective.compares
+            )
+        )
+        return own_term(
+            objective,
+            alignment.router_weight,
+            self.routers,
+            fp_routers.targets,
+            capture,
+        )
+
+    def next_term(self, device: torch.device | str) -> RouterTerm | None:
+        """The loss of the next router, None if there is none.
+
+        Args:
+            device: Where it runs, unless AutoRound's device map names another.
+        """
+        if self.run.alignment.next_router_weight == 0:
+            return None
+        group = self.run.group_of(self.names[-1])
+        following = group[group.index(self.names[-1]) + 1 :]
+        next_router = load_next_router(
+            self.name, following, self.run, self.runner, device
+        )
+        if next_router is None:
+            return None
+        return next_term(
+            self.name,
+            next_router,
+            self.run.alignment,
+            self.tensors,
+            self.runner,
+            self.run.orchestrator.compress_context.cache_device,
+        )
+
+    def refit(self, fp_routers: FpRouters) -> None:
+        """Re-fit the routers of the tuned block, before its output feeds the next."""
+        if not self.run.alignment.realign_routers:
+            return
+        for router in self.routers:
+            named = replace(router, name=self.full_name(router))
+            self.run.refitted |= refit_in_block(
+                self.module,
+                replace(router.bind(self.module), description=named),
+                fp_routers.logits[router.name],
+                self.tensors,
+                self.tokens,
+                self.runner,
+                self.run.alignment,
+            )
+
+
+@contextmanager
+def without_checkpointing(block: nn.Module) -> Iterator[None]:
+    """Let a backward pass not run the block, and so its routers, once more.
+
+    AutoScheme leaves gradient checkpointing on in the model that it has scored.
+    """
+    checkpointed = [
+        module
+        for module in block.modules()
+        if getattr(module, "gradient_checkpointing", False)
+    ]
+    for module in checkpointed:
+        module.gradient_checkpointing = False  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module in checkpointed:
+            module.gradient_checkpointing = True  # type: ignore[assignment]

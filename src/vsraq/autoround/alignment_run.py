@@ -1,0 +1,366 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One AutoRound run with router alignment: what all of its blocks share."""
+
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from auto_round.utils import get_block_names
+from torch import Tensor, nn
+
+from vsraq.autoround.aligned_tokens import AlignedTokens
+from vsraq.autoround.block_records import BlockRecord
+from vsraq.autoround.checks import (
+    check_next_router,
+    check_router,
+    check_run,
+    check_selection,
+    check_smoothing,
+    check_stream,
+    check_weighting,
+    within_reach,
+)
+from vsraq.autoround.config import VSRAQConfig
+from vsraq.autoround.expert_coverage import RunCoverage
+from vsraq.autoround.exported_routers import restore_refitted_routers
+from vsraq.autoround.hybrids import adapt_attention_mask
+from vsraq.autoround.output_folder import set_leftovers_aside
+from vsraq.autoround.process_checks import (
+    check_exporter,
+    check_processes,
+    model_settings,
+)
+from vsraq.autoround.resumable import export_folders, open_run
+from vsraq.autoround.resume_guard import ResumableRun
+from vsraq.processes import process_count
+from vsraq.realignment_record import drop_record, record_realignment
+from vsraq.routers import Router, declared_router_classes, find_routers
+from vsraq.token_selection import TokenMask
+
+if TYPE_CHECKING:
+    from auto_round.algorithms.composer import AlgorithmComposer
+
+logger = logging.getLogger("autoround.vsraq")
+
+
+class AlignmentRun:
+    """The routers, tokens, counts and re-fits of a run.
+
+    To be made before AutoRound calibrates: it may empty the blocks after that, and the
+    token ids pass by only then.
+
+    Args:
+        config: The run's configuration.
+        orchestrator: AutoRound's.
+
+    Attributes:
+        alignment: The final values of the options.
+        orchestrator: AutoRound's.
+        routers: Of all blocks, by their names in the model.
+        coverage: Calibration tokens per expert.
+        refitted: Re-fitted weights by parameter name, on the CPU until the last export.
+
+    Raises:
+        ValueError: A MoE layer's router cannot be told.
+    """
+
+    def __init__(self, config: VSRAQConfig, orchestrator: Any) -> None:
+        self.alignment = config.alignment
+        self.orchestrator = orchestrator
+        self.routers: tuple[Router, ...] = ()
+        self.coverage = RunCoverage()
+        self.refitted: dict[str, Tensor] = {}
+        self._config = config
+        self._router_classes: tuple[type, ...] = ()
+        self._tokens: AlignedTokens | None = None
+        self._groups: list[list[str]] | None = None
+        self._checked = False
+        self._owns_output = False
+        self._resumable: ResumableRun | None = None
+        self._done = 0  # blocks that a killed run has tuned
+        if self.alignment:
+            self._router_classes = declared_router_classes(self.model)
+            self.routers = self.routers_of(self.model)
+        if self.alignment.token_selection:
+            self._tokens = AlignedTokens(config, self.model)
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is quantized."""
+        model: nn.Module = self.orchestrator.model_context.model
+        return model
+
+    @property
+    def token_mask(self) -> TokenMask | None:
+        """The tokens that the routers are aligned on, None for all."""
+        return None if self._tokens is None else self._tokens.mask
+
+    def routers_of(self, module: nn.Module) -> tuple[Router, ...]:
+        """The routers of the model or of a block, named relative to it."""
+        if not self.alignment:
+            return ()
+        return find_routers(
+            module,
+            router_classes=self._router_classes,
+            router_pattern=self.alignment.router_pattern,
+        )
+
+    @property
+    def block_groups(self) -> list[list[str]]:
+        """Names of the blocks, by the stack that they are in."""
+        if self._groups is None:  # a walk of the whole model, and every block asks
+            self._groups = get_block_names(self.model)
+        return self._groups
+
+    def group_of(self, block: str) -> list[str]:
+        """All blocks of the stack that a block is in, tuned or not."""
+        return next((g for g in self.block_groups if block in g), [block])
+
+    @property
+    def _tuned_groups(self) -> list[list[str]]:
+        return self.orchestrator.quant_block_list or self.block_groups
+
+    # ── Before the first block ───────────────────────────────────────────────
+
+    def prepare(self, composer: "AlgorithmComposer | None", member: object) -> None:
+        """Refuse before the first block what cannot work in any.
+
+        Args:
+            composer: AutoRound's.
+            member: The algorithm in it that this run belongs to.
+
+        Raises:
+            ValueError: The model has no MoE router, one is to be quantized, the
+                objective needs more experts than one has, calibration samples are too
+                few or padded as a hybrid cannot take it, a checkpoint cannot be
+                streamed in the device's precision, or `AR_RESUME_DIR` holds an
+                unfinished run with other settings.
+            NotImplementedError: Its hidden states are not (batch, sequence, hidden),
+                its blocks cannot be run ahead, or several processes tune together
+                what each would find for itself; see `check_processes`.
+        """
+        check_stream(self.orchestrator.model_context)
+        self.coverage = RunCoverage(
+            self.alignment.min_tokens_per_expert, self.alignment.on_unreached
+        )
+        self.refitted = {}
+        self._owns_output = bool(export_folders(self.orchestrator))
+        settings = self._settings(composer, member)
+        if process_count() > 1:
+            self._check_processes(settings, composer)
+        self._resumable, self._done = open_run(self.orchestrator, settings)
+        for group in self._tuned_groups:
+            cached = (self.orchestrator.inputs or {}).get(group[0])
+            if cached is not None:
+                adapt_attention_mask(self.model, self.group_of(group[0]), cached)
+        if self.alignment:
+            self._check_model(composer)
+        if self._tokens is not None:
+            self._tokens.select(self.orchestrator, composer)
+        if self._resumable is not None:
+            self._take_up(self._resumable.tuned(self._done))
+
+    def prepare_lone_block(self) -> None:
+        """Prepare a run of single blocks, which AutoRound does not announce."""
+        if self._checked or not self.alignment:
+            return
+        self._check_model(None)
+        if self._tokens is not None:
+            self._tokens.select(self.orchestrator, None)
+
+    def end_calibration(self) -> None:
+        """Take the token ids that calibration has run."""
+        if self._tokens is not None:
+            self._tokens.end_calibration()
+
+    def _settings(
+        self, composer: "AlgorithmComposer | None", member: object
+    ) -> dict[str, str]:
+        """What decides the tuned weights besides AutoRound's own run signature."""
+        own = {k: v for k, v in vars(self._config).items() if not k.startswith("_")}
+        mask = None if self._tokens is None else self._tokens.given
+        own |= {
+            "vsraq": version("vsraq"),
+            "alignment": self.alignment,
+            "objective": self.alignment.own_objective,
+            "next_router_objective": self.alignment.next_objective,
+            "seed": getattr(self.orchestrator, "seed", None),
+            "batch_size": self.orchestrator.calibration_context.batch_size,
+            "layer_config": getattr(self.orchestrator, "layer_config", None),
+            "token_mask": None if mask is None else mask.digest,
+        }
+        for other in composer.members() if composer is not None else ():
+            if other is not member:
+                own[type(other).__name__] = vars(other.config)
+        # an object's address differs in the process that resumes
+        return {n: re.sub(r" at 0x[0-9a-f]+", "", str(v)) for n, v in own.items()}
+
+    def _check_processes(
+        self, settings: dict[str, str], composer: "AlgorithmComposer | None"
+    ) -> None:
+        cached: dict[str, Any] = self.orchestrator.inputs or {}
+        groups = self.block_groups + (self.orchestrator.quant_block_list or [])
+        blocks = {name for group in groups for name in group}
+        first: dict[str, Any] = next((cached[n] for n in cached if n in blocks), {})
+        seqlen = self.orchestrator.calibration_context.seqlen
+        check_processes(
+            settings | model_settings(self.model, seqlen),
+            first.get("hidden_states", ()),
+            self._export_dir(),
+            composer,
+            outside=[name for name in cached if name not in blocks],
+        )
+
+    def _check_model(self, composer: "AlgorithmComposer | None") -> None:
+        """What `prepare` refuses or says about the model and its routers."""
+        self._checked = True
+        drop_record(self.model)  # of an earlier run of this model
+        blocks = [name for group in self.block_groups for name in group]
+        if composer is not None:
+            # not those of a vision tower, say
+            self.routers = tuple(
+                router for router in self.routers if any(map(router.is_in, blocks))
+            )
+        elif not self.routers and len(blocks) == 1:
+            # a dense block of a MoE model, or a dense model: one block cannot tell
+            logger.warning(
+                "vsraq: AutoRound was given one block, %s, without a MoE router; it is "
+                "tuned as AutoRound does",
+                type(self.model.get_submodule(blocks[0])).__name__,
+            )
+            return
+        if not self.routers:
+            raise ValueError(
+                f"model={type(self.model).__name__}: it has no MoE router, so a router "
+                "loss has nothing to align; allowed are MoE models; name its routers "
+                "with router_pattern, or use AutoRound's SignRoundConfig for a dense "
+                "one"
+            )
+        self._check_routers(composer)
+        if self.orchestrator.compress_context.enable_torch_compile:
+            # Code compiled for an earlier run of this process knows no router hook,
+            # and torch.compile does not look whether there is one.
+            torch.compiler.reset()
+        self._say_what_is_aligned()
+
+    def _check_routers(self, composer: "AlgorithmComposer | None") -> None:
+        alignment, routers = self.alignment, self.routers
+        objectives = (alignment.own_objective, alignment.next_objective)
+        for router in routers:
+            check_router(self.model, router, objectives)
+        check_run(alignment, self.orchestrator.calibration_context)
+        check_selection(alignment, routers)
+        check_weighting(self.model, routers, alignment)
+        if composer is not None:
+            check_smoothing(self.model, routers, composer)
+        for reason in dict.fromkeys(r.unverified for r in routers if r.unverified):
+            logger.info("vsraq: which experts a router chooses: %s", reason)
+        if alignment.next_router_weight != 0:
+            check_next_router(self.model, self.orchestrator, composer)
+
+    def _say_what_is_aligned(self) -> None:
+        alignment, config = self.alignment, self._config
+        one_block = config.nblocks == 1 and not config.enable_norm_bias_tuning
+        if (
+            alignment.router_weight != 0
+            and one_block
+            and not within_reach(self.model, self.routers)
+        ):
+            logger.log(
+                logging.WARNING if alignment.next_router_weight == 0 else logging.INFO,
+                "vsraq: router_weight=%s: in no MoE block of %s does a quantized layer "
+                "stand before the router, so the own-router loss tunes nothing; "
+                'next_router_weight="auto" reaches the layers before a MoE block and '
+                "its experts",
+                alignment.router_weight,
+                type(self.model).__name__,
+            )
+        logger.info(
+            "vsraq: %d routers; router_weight=%s, objective %s; next_router_weight=%s, "
+            "objective %s; realign_routers=%s",
+            len(self.routers),
+            alignment.router_weight,
+            alignment.own_objective,
+            alignment.next_router_weight,
+            alignment.next_objective,
+            alignment.realign_routers,
+        )
+
+    # ── Killed and resumed ───────────────────────────────────────────────────
+
+    def _take_up(self, records: Sequence[BlockRecord]) -> None:
+        """Know what the killed run knew of the blocks that it has tuned."""
+        for record in records:
+            self.refitted |= record.routers
+            for router, counts in record.counts.items():
+                self.coverage.restore(router, counts)
+        for block in self._tuned_groups[0][: len(records)]:
+            # Their shards are there; AutoRound would write weights in memory as well.
+            self.model.get_submodule(block).to("meta")
+
+    def start_block(self, block_ctx: Any, *, lacks_inputs: bool) -> None:
+        """Refuse to tune a block that AutoRound does not resume at, or without inputs.
+
+        AutoRound only warns of a resume folder that it cannot use.
+
+        Args:
+            block_ctx: AutoRound's names and index of the block.
+            lacks_inputs: Whether the quantized stream into it is missing.
+
+        Raises:
+            RuntimeError: The block must not be tuned.
+        """
+        if self._resumable is None:
+            return
+        index = block_ctx.block_index
+        if index < self._done or (index > 0 and lacks_inputs):
+            raise RuntimeError(
+                f"block {block_ctx.block_name}: {self._done} blocks are tuned already, "
+                "and AutoRound does not go on behind them (its warning above says "
+                "why); use an empty AR_RESUME_DIR and an empty output folder"
+            )
+        self._resumable.start_block(index)
+
+    def end_block(self, block_ctx: Any, routers: Iterable[str]) -> None:
+        """Keep what a resumed run must know of a block."""
+        if self._resumable is None:
+            return
+        inside = tuple(f"{name}." for name in block_ctx.block_names)
+        record = BlockRecord(
+            {n: w for n, w in self.refitted.items() if n.startswith(inside)},
+            {name: self.coverage.counts_of(name) for name in routers},
+            (),
+        )
+        self._resumable.end_block(block_ctx.block_index, record)
+
+    # ── After the last block ─────────────────────────────────────────────────
+
+    def finish(self) -> None:
+        """Report and record what was done; safe to call twice."""
+        if self._tokens is not None:
+            self._tokens.close()
+        if self.refitted:
+            record_realignment(self.model, self.refitted)
+        self.coverage.report(len(self.routers), self._export_dir())
+
+    def start_export(self, folder: Path) -> None:
+        """`quantize_and_save` has taken its folders before it tuned."""
+        check_exporter()
+        if not self._owns_output:
+            set_leftovers_aside(folder)
+
+    def finish_exports(self, folders: list[Path]) -> None:
+        """Put right what AutoRound's export has changed."""
+        if self.refitted:
+            for folder in folders:
+                restore_refitted_routers(folder, self.model, self.refitted)
+        if self._resumable is not None:
+            self._resumable.finish()
+
+    def _export_dir(self) -> Any:
+        exports = getattr(self.orchestrator, "formats", None)  # quantize_and_save
+        return self.orchestrator.compress_context.output_dir if exports else None
