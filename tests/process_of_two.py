@@ -29,7 +29,7 @@ from vsraq import VSRAQConfig
 from vsraq.autoround.process_checks import check_equal_weights
 from vsraq.realignment import refit_router
 from vsraq.routers import find_routers
-from vsraq.token_selection import Sampling, TokenMask
+from vsraq.tokens import Sampling, TokenMask
 
 # the second does not exist, and nothing is put there
 SEVERAL_DEVICES = {"device_map": "cpu,other"}

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
 
 import tiny
-from vsraq.output_head import output_head
+from vsraq.tokens.output_head import output_head
 
 FAMILIES = ["llama", "solar_open", "granitemoe", "nemotron_h", "gpt_oss", "qwen2_moe"]
 

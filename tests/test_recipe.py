@@ -10,7 +10,7 @@ from vsraq.demo import model_path
 from vsraq.objectives import OBJECTIVES
 from vsraq.options import Alignment
 from vsraq.recipe import Recipe, load_recipe, parse_recipe
-from vsraq.token_selection import TokenMask
+from vsraq.tokens import TokenMask
 from vsraq.yaml_text import parse_yaml, write_yaml
 
 ROOT = Path(__file__).parents[1]

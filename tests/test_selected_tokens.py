@@ -11,7 +11,7 @@ from test_autoround import padded, same, tuned, weights
 from test_capture import hook_count
 from vsraq import VSRAQConfig, select_tokens
 from vsraq.autoround import VSRAQQuantizer
-from vsraq.token_selection import Sampling, TokenMask
+from vsraq.tokens import Sampling, TokenMask
 
 FAMILY = "solar_open"
 

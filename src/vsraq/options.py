@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias, get_args
 from vsraq.error_weights import Weighting
 from vsraq.objectives import Objective, ObjectiveLike, get_objective
 from vsraq.realignment import DEFAULT_RIDGE
-from vsraq.token_selection import TokenMask
+from vsraq.tokens import TokenMask
 
 Weight: TypeAlias = float | Literal["auto"]
 RankBy: TypeAlias = Literal["logits", "selection"]

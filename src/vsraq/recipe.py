@@ -38,11 +38,11 @@ from vsraq.autoround.recipe_keys import (
     check_runtime,
     check_scheme,
 )
+from vsraq.autoround.rounded_pass import Selection
 from vsraq.autoround.select_tokens import selection_of
-from vsraq.autoround.token_selection import Selection
 from vsraq.checkpoint import check_formats
 from vsraq.strict import check_values, refuse_unknown
-from vsraq.token_selection import TokenMask
+from vsraq.tokens import TokenMask
 from vsraq.yaml_text import parse_yaml, read_text, write_yaml
 
 logger = logging.getLogger("autoround.vsraq")

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from vsraq.blocks import block_output, decoder_blocks
 from vsraq.capture import RouterCapture
 from vsraq.metrics import StreamingMean, jaccard, output_kl
-from vsraq.output_head import output_head, takes_embeddings
 from vsraq.routers import BoundRouter, Router, find_routers
+from vsraq.tokens.output_head import output_head, takes_embeddings
 
 # Tokens whose logits over the vocabulary exist at once, on each side; the comparison
 # takes about five more float32 values per token and vocabulary entry.

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from vsraq.autoround.config import VSRAQConfig
-from vsraq.autoround.token_selection import (
+from vsraq.autoround.rounded_pass import (
     Selection,
     SelectionDoneError,
-    TokenRecorder,
     select_tokens_of_run,
 )
+from vsraq.autoround.token_recorder import TokenRecorder
 from vsraq.processes import gather
-from vsraq.token_selection import TokenMask
+from vsraq.tokens import TokenMask
 
 if TYPE_CHECKING:
     from auto_round.algorithms.composer import AlgorithmComposer

@@ -39,7 +39,7 @@ from vsraq.autoround.resume_guard import ResumableRun
 from vsraq.processes import process_count
 from vsraq.realignment_record import drop_record, record_realignment
 from vsraq.routers import Router, declared_router_classes, find_routers
-from vsraq.token_selection import TokenMask
+from vsraq.tokens import TokenMask
 
 if TYPE_CHECKING:
     from auto_round.algorithms.composer import AlgorithmComposer

@@ -18,7 +18,7 @@ from vsraq.options import (
     check,
     resolve,
 )
-from vsraq.token_selection import TokenMask, check_mask_file
+from vsraq.tokens import TokenMask, check_mask_file
 
 
 class VSRAQConfig(SignRoundConfig):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vsraq.processes import process_count, sum_over_processes
-from vsraq.token_selection import TokenMask
+from vsraq.tokens import TokenMask
 
 
 @dataclass(frozen=True)

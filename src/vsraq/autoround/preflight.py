@@ -27,7 +27,7 @@ from transformers import (
 from vsraq.autoround.config import VSRAQConfig
 from vsraq.routers import find_routers
 from vsraq.strict import did_you_mean
-from vsraq.token_selection import TokenMask
+from vsraq.tokens import TokenMask
 
 if TYPE_CHECKING:
     from vsraq.recipe import Recipe

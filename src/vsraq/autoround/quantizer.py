@@ -33,7 +33,7 @@ from vsraq.autoround.full_precision import FpRouters, FullPrecisionCapture
 from vsraq.autoround.several_processes import SeveralProcesses
 from vsraq.autoround.terms import BlockTensors
 from vsraq.processes import with_common_value
-from vsraq.token_selection import TokenMask
+from vsraq.tokens import TokenMask
 
 if TYPE_CHECKING:
     from auto_round.algorithms.composer import AlgorithmComposer

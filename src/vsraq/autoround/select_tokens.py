@@ -7,8 +7,8 @@ from typing import Any
 from auto_round import AutoRound
 
 from vsraq.autoround.config import VSRAQConfig
-from vsraq.autoround.token_selection import Selection, SelectionDoneError
-from vsraq.token_selection import TokenMask
+from vsraq.autoround.rounded_pass import Selection, SelectionDoneError
+from vsraq.tokens import TokenMask
 
 
 def select_tokens(

@@ -1,6 +1,6 @@
 """Select tokens of one tiny model in memory and from a path; print JSON lines.
 
-    python path_token_selection.py FAMILY
+    python path_rounded_pass.py FAMILY
 
 A process of its own: AutoRound replaces classes of transformers for the rest of the
 process when it loads some families from a path.
@@ -16,7 +16,8 @@ from auto_round import AutoRound
 import tiny
 from vsraq import VSRAQConfig
 from vsraq.autoround import VSRAQQuantizer
-from vsraq.autoround.token_selection import TokenRecorder, select_tokens_of_run
+from vsraq.autoround.rounded_pass import select_tokens_of_run
+from vsraq.autoround.token_recorder import TokenRecorder
 from vsraq.checkpoint import load_model
 
 

@@ -9,8 +9,7 @@ random number is drawn.
 """
 
 import time
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,70 +31,18 @@ from auto_round.utils import (
     set_module,
 )
 from auto_round.utils.device_manager import device_manager
-from auto_round.wrapper import WrapperLinear
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from vsraq.autoround.block_copy import copy_block, split_experts
+from vsraq.autoround.rounded_layer import copy_of, own_weight, rounded_layer
 from vsraq.capture import RouterCapture
-from vsraq.metrics import routing_shift
-from vsraq.output_head import OutputHead, output_head
 from vsraq.routers import BoundRouter, Router, declared_router_classes, find_routers
-from vsraq.token_selection import (
-    Sampling,
-    TokenMask,
-    check_thresholds,
-    output_shift,
-)
-
-
-class TokenRecorder:
-    """Keeps the token ids of the calibration samples.
-
-    AutoRound hands them on only with the first block, and with -100 at padding and at
-    last positions. So they are read where the model reads them, at its input embedding.
-
-    Open it before AutoRound collects the blocks' inputs; `take` closes it.
-
-    Args:
-        model: The model that calibration runs.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._token_ids: list[Tensor] = []
-        embedding: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
-        own = weakref.ref(self)
-
-        def keep(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            recorder = own()
-            if recorder is not None:
-                recorder._token_ids += args[0].detach().cpu().split(1)
-
-        self._handle = embedding.register_forward_pre_hook(keep)
-        # a run that fails before it takes the ids must not leave the hook
-        weakref.finalize(self, self._handle.remove)
-
-    def take(self) -> list[Tensor]:
-        """The ids of every sample so far, (1, S) each, in order; closes the recorder.
-
-        Raises:
-            RuntimeError: No sample went through the embedding.
-        """
-        self.close()
-        if not self._token_ids:
-            raise RuntimeError(
-                "TokenRecorder has seen no calibration sample: open it before "
-                "AutoRound collects block inputs (bind), take() behind that "
-                "(prepare_run)"
-            )
-        taken, self._token_ids = self._token_ids, []
-        return taken
-
-    def close(self) -> None:
-        """Remove the hook; safe to call twice."""
-        self._handle.remove()
+from vsraq.tokens import Sampling, TokenMask, check_thresholds
+from vsraq.tokens.output_head import OutputHead, output_head
+from vsraq.tokens.shift import MeanRoutingShift, output_shift
 
 
 class SelectionDoneError(Exception):
@@ -190,7 +137,7 @@ def select_tokens_of_run(
             f"{len(fp_states)}; allowed are the ids of exactly these"
         )
     wants_routing = shift_threshold is not None
-    shift = _MeanShift() if wants_routing else None
+    shift = MeanRoutingShift() if wants_routing else None
     q_states = fp_states
     returns_tuple = False
     with torch.compiler.set_stance("force_eager"):
@@ -377,8 +324,8 @@ class _Run:
         for layer_name, layer in list(block.named_modules()):
             if isinstance(layer, SUPPORTED_LAYER_TYPES) and check_to_quantized(layer):
                 if layer.weight.data_ptr() in shared:
-                    layer.weight = _own(layer.weight)
-                set_module(block, layer_name, _rounded(layer, self.runner.device))
+                    layer.weight = own_weight(layer.weight)
+                set_module(block, layer_name, rounded_layer(layer, self.runner.device))
 
     @property
     def needs_activation_ranges(self) -> bool:
@@ -402,8 +349,8 @@ class _Run:
                 and isinstance(layer, SUPPORTED_LAYER_TYPES)
                 and check_to_quantized(layer)
             ):
-                own = _copy_of(layer)
-                rounded[name] = (layer, _rounded(own, self.runner.device))
+                own = copy_of(layer)
+                rounded[name] = (layer, rounded_layer(own, self.runner.device))
         if not rounded:
             yield head
             return
@@ -426,43 +373,6 @@ class _Run:
         yield q_head
 
 
-_SHIFT_TOKENS = 65536  # a K x K comparison for each of them exists at once
-
-
-class _MeanShift:
-    """Routing shift per token, mean over the MoE layers."""
-
-    def __init__(self) -> None:
-        self._total: Tensor | None = None
-        self._layers = 0
-
-    def update(
-        self, q_chosen: Mapping[str, Tensor], fp_chosen: Mapping[str, Tensor]
-    ) -> None:
-        for name, chosen in fp_chosen.items():
-            chunks = zip(
-                q_chosen[name].split(_SHIFT_TOKENS),
-                chosen.split(_SHIFT_TOKENS),
-                strict=True,
-            )
-            shift = torch.cat([routing_shift(q, fp).cpu() for q, fp in chunks])
-            self._total = shift if self._total is None else self._total + shift
-            self._layers += 1
-
-    def compute(self) -> Tensor:
-        """(T,), a fraction.
-
-        Raises:
-            ValueError: No layer had a router.
-        """
-        if self._total is None:
-            raise ValueError(
-                "shift_threshold: no block of this model has a MoE router, so there is "
-                "no routing shift; allowed is None"
-            )
-        return self._total / self._layers
-
-
 @contextmanager
 def _output_kind(block: nn.Module) -> Iterator[list[type]]:
     """What a block returns: its hidden states, or a tuple that starts with them."""
@@ -480,31 +390,3 @@ def _output_kind(block: nn.Module) -> Iterator[list[type]]:
 
 def _hidden_states(states: Any) -> list[Tensor]:
     return states["hidden_states"] if isinstance(states, dict) else states
-
-
-def _own(weight: Tensor) -> nn.Parameter:
-    return nn.Parameter(weight.detach().clone(), requires_grad=False)
-
-
-def _copy_of(layer: nn.Module) -> nn.Module:
-    """A layer with a weight of its own and everything else shared."""
-    copied: nn.Module = layer.__class__.__new__(layer.__class__)
-    own = ("_parameters", "_forward_pre_hooks")  # AutoRound's wrapper clears hooks
-    copied.__dict__ = layer.__dict__ | {n: layer.__dict__[n].copy() for n in own}
-    copied.weight = _own(layer.weight)  # type: ignore[arg-type]
-    return copied
-
-
-def _rounded(layer: nn.Module, device: torch.device | str) -> nn.Module:
-    """What AutoRound's RTN replaces a layer with; changes the layer."""
-    wrapper: Callable[..., Any] = WrapperLinear
-    return wrapper(
-        layer,
-        device=device,
-        enable_minmax_tuning=False,
-        enable_norm_bias_tuning=False,
-        enable_round_tuning=False,
-        enable_torch_compile=False,
-        disable_opt_rtn=True,
-        iters=0,
-    ).unwrapper({})

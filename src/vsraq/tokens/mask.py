@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which calibration tokens a router is aligned on: those whose output changed.
+"""Which calibration tokens the routers are aligned on, kept as a file.
 
 M(x) = 1[Sampled-JSD(x) > tau] (Selective Router Alignment, SRA, Eq. 7), computed once
-before tuning from the outputs of the full-precision and the rounded-to-nearest model.
-This file turns hidden states into the mask and keeps it; who computes the hidden
-states, and how, is not its concern.
+before tuning.
 
-Shapes: T tokens, S tokens of one sample, H hidden width, V vocabulary.
+Shapes: T tokens, S tokens of one sample.
 """
 
 import hashlib
@@ -21,61 +19,11 @@ from typing import Any, Self
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers import GenerationConfig
+from torch import Tensor
 
-from vsraq.metrics import check_sampling, sampled_jsd
-from vsraq.output_head import OutputHead
+from vsraq.tokens.sampling import Sampling
 
 _FORMAT = "vsraq token mask 1"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the model's next tokens are sampled; decides what counts as its output.
-
-    Attributes:
-        temperature: What the logits are divided by, > 0.
-        top_k: Candidates at most; 0 or None takes the whole vocabulary.
-        top_p: Probability that the candidates hold, above 0 to 1; None takes all.
-
-    Raises:
-        ValueError: One is not allowed.
-    """
-
-    temperature: float = 0.6
-    top_k: int | None = 20
-    top_p: float | None = 0.95
-
-    def __post_init__(self) -> None:
-        check_sampling(**asdict(self))
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Self:
-        """The sampling that a model's publisher recommends, where there is one.
-
-        Args:
-            model: A transformers model; one without `generation_config` gives the
-                defaults.
-
-        Raises:
-            ValueError: A value of the `generation_config` is not allowed.
-        """
-        return cls.of_config(getattr(model, "generation_config", None))
-
-    @classmethod
-    def of_config(cls, config: GenerationConfig | None) -> Self:
-        """The same from the `generation_config` itself.
-
-        Each of the three values that it sets counts, if it also sets `do_sample`.
-        Values that it leaves open keep the defaults of this class, not those that
-        transformers would fill in (1.0, 50, 1.0).
-        """
-        if getattr(config, "do_sample", None) is not True:
-            return cls()
-        names = ("temperature", "top_k", "top_p")
-        values = {name: getattr(config, name, None) for name in names}
-        return cls(**{n: v for n, v in values.items() if v is not None})
 
 
 @dataclass(frozen=True, eq=False)
@@ -322,69 +270,10 @@ def check_thresholds(tau: float, shift_threshold: float | None) -> None:
 
 
 def hash_tokens(token_ids: Tensor) -> str:
-    """SHA-256 of token ids as little-endian 64-bit integers, in order; shape is none.
+    """SHA-256 of token ids as little-endian 64-bit integers, in order.
 
     Args:
         token_ids: Any integer tensor.
     """
     ids = token_ids.detach().flatten().cpu().to(torch.int64)
     return hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
-
-
-@torch.no_grad()
-def output_shift(
-    q_hidden: Sequence[Tensor],
-    fp_hidden: Sequence[Tensor],
-    head: OutputHead,
-    *,
-    q_head: OutputHead | None = None,
-    sampling: Sampling | None = None,
-    chunk_tokens: int = 1024,
-) -> list[Tensor]:
-    """Sampled-JSD of every token, from the hidden states behind the last block.
-
-    Peak memory besides the arguments: the logits of one chunk on both paths, 2 *
-    chunk_tokens * V values in the dtype of `head`, and what `head` itself takes. T * V
-    never exists. 1024 tokens and V = 200k in bfloat16 are 0.8 GB.
-
-    Args:
-        q_hidden: Hidden states of the quantized path, one tensor per sample,
-            (..., S, H).
-        fp_hidden: The same in full precision.
-        head: Hidden states (n, H) to logits (n, V), of the full-precision model.
-        q_head: That of the quantized model, if its output projection is quantized too;
-            None takes `head`.
-        sampling: How outputs are sampled; None takes the defaults.
-        chunk_tokens: How many tokens go through the heads at once.
-
-    Returns:
-        One tensor per sample, float32 on the CPU, (S,), nats.
-
-    Raises:
-        ValueError: The paths differ in samples or tokens, or `chunk_tokens` is not
-            allowed.
-    """
-    if chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens={chunk_tokens}: allowed is a positive int")
-    if [h.shape for h in q_hidden] != [h.shape for h in fp_hidden]:
-        raise ValueError(
-            f"q_hidden has {len(q_hidden)} samples and fp_hidden {len(fp_hidden)}, or "
-            "their shapes differ: allowed are equal ones"
-        )
-    values = asdict(sampling or Sampling())
-    shifts = []
-    for q, fp in zip(q_hidden, fp_hidden, strict=True):
-        chunks = zip(
-            q.reshape(-1, q.shape[-1]).split(chunk_tokens),
-            fp.reshape(-1, fp.shape[-1]).split(chunk_tokens),
-            strict=True,
-        )
-        shifts.append(
-            torch.cat(
-                [
-                    sampled_jsd((q_head or head)(a), head(b), **values).cpu()
-                    for a, b in chunks
-                ]
-            )
-        )
-    return shifts

@@ -18,13 +18,15 @@ import tiny
 from test_autoround import same, weights
 from test_capture import hook_count
 from vsraq import VSRAQConfig
-from vsraq.autoround import VSRAQQuantizer, token_selection
-from vsraq.autoround.token_selection import TokenRecorder, select_tokens_of_run
+from vsraq.autoround import VSRAQQuantizer, rounded_pass
+from vsraq.autoround.rounded_pass import select_tokens_of_run
+from vsraq.autoround.token_recorder import TokenRecorder
 from vsraq.capture import RouterCapture
 from vsraq.checkpoint import load_model
 from vsraq.metrics import routing_shift, sampled_jsd
 from vsraq.routers import BoundRouter, find_routers
-from vsraq.token_selection import Sampling, hash_tokens, output_shift
+from vsraq.tokens import Sampling, hash_tokens
+from vsraq.tokens.shift import output_shift
 
 
 @pytest.fixture
@@ -112,7 +114,7 @@ def changes(monkeypatch):
         seen.append(torch.stack(values))
         return values
 
-    monkeypatch.setattr("vsraq.autoround.token_selection.output_shift", spy)
+    monkeypatch.setattr("vsraq.autoround.rounded_pass.output_shift", spy)
     return seen
 
 
@@ -277,7 +279,7 @@ def test_nothing_is_left_when_it_fails(quantize, selecting, monkeypatch):
     def failing(*_args, **_kwargs):
         raise RuntimeError("planted")
 
-    monkeypatch.setattr("vsraq.autoround.token_selection.output_shift", failing)
+    monkeypatch.setattr("vsraq.autoround.rounded_pass.output_shift", failing)
     model = tiny.tiny_model("solar_open")
     with pytest.raises(RuntimeError, match="planted"):
         quantize(model, plain())
@@ -323,15 +325,15 @@ def test_a_streamed_model_is_not_loaded(quantize, selecting, tmp_path, monkeypat
         seen.append(name)
         return loaded
 
-    load = token_selection._Run.load
-    monkeypatch.setattr(token_selection._Run, "load", spy)
+    load = rounded_pass._Run.load
+    monkeypatch.setattr(rounded_pass._Run, "load", spy)
     quantize(str(tiny.save("solar_open", tmp_path / "model")), plain())
     assert seen == ["model.layers.0", "model.layers.1"]
 
 
 def test_blocks_that_wait_on_disk_give_the_same_mask():
     """AutoRound empties all blocks of a patched family before it prepares the run."""
-    script = Path(__file__).with_name("path_token_selection.py")
+    script = Path(__file__).with_name("path_rounded_pass.py")
     done = subprocess.run(
         [sys.executable, script, "qwen3_moe"],
         capture_output=True,

@@ -13,8 +13,9 @@ import reference
 import tiny
 from test_output_head import blocks_of, last_hidden
 from vsraq.metrics import sampled_jsd
-from vsraq.output_head import output_head
-from vsraq.token_selection import Sampling, TokenMask, hash_tokens, output_shift
+from vsraq.tokens import Sampling, TokenMask, hash_tokens
+from vsraq.tokens.output_head import output_head
+from vsraq.tokens.shift import output_shift
 
 IDS = [torch.arange(6).view(1, 6), torch.arange(4).view(1, 4)]
 ORIGIN = {
