@@ -17,8 +17,8 @@ import tiny
 from vsraq import VSRAQConfig
 from vsraq.autoround import VSRAQQuantizer
 from vsraq.autoround.rounded_pass import select_tokens_of_run
-from vsraq.autoround.token_recorder import TokenRecorder
 from vsraq.checkpoint import load_model
+from vsraq.tokens.recorder import TokenRecorder
 
 
 def state(model):

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 import tiny
 from vsraq import VSRAQConfig
 from vsraq.autoround import VSRAQQuantizer
-from vsraq.autoround.exported_routers import restore_refitted_routers
 from vsraq.checkpoint import load_model
+from vsraq.exported_routers import restore_refitted_routers
 from vsraq.realignment import realign_routers
 from vsraq.routers import find_routers
 

@@ -10,7 +10,7 @@ from datasets import Dataset
 import tiny
 from test_autoround import same, weights
 from vsraq import VSRAQConfig
-from vsraq.autoround.hybrids import adapt_attention_mask, layer_kinds
+from vsraq.hybrids import adapt_attention_mask, layer_kinds
 
 HYBRID = tiny.tiny_model("nemotron_h")
 BLOCKS = [f"model.layers.{index}" for index in range(4)]

@@ -6,8 +6,8 @@ from auto_round.utils.device import set_non_auto_device_map
 
 import tiny
 from vsraq import VSRAQConfig
-from vsraq.autoround.look_ahead_device import look_ahead_device
 from vsraq.autoround.next_router import NextRouter
+from vsraq.look_ahead_device import look_ahead_device
 
 # what AutoRound's own function writes, from maps by name
 MAPS = [

@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 import tiny
 from test_autoround import tuned
 from vsraq import VSRAQConfig
-from vsraq.autoround.block_records import BlockRecord
-from vsraq.autoround.disk_errors import DiskError
-from vsraq.autoround.resume_guard import ResumableRun
+from vsraq.resume.block_records import BlockRecord
+from vsraq.resume.disk_errors import DiskError
+from vsraq.resume.guard import ResumableRun
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,12 +20,12 @@ from test_capture import hook_count
 from vsraq import VSRAQConfig
 from vsraq.autoround import VSRAQQuantizer, rounded_pass
 from vsraq.autoround.rounded_pass import select_tokens_of_run
-from vsraq.autoround.token_recorder import TokenRecorder
 from vsraq.capture import RouterCapture
 from vsraq.checkpoint import load_model
 from vsraq.metrics import routing_shift, sampled_jsd
 from vsraq.routers import BoundRouter, find_routers
 from vsraq.tokens import Sampling, hash_tokens
+from vsraq.tokens.recorder import TokenRecorder
 from vsraq.tokens.shift import output_shift
 
 

@@ -10,14 +10,14 @@ from auto_round.algorithms.block_runner import BlockForwardRunner
 from torch import Tensor, nn
 
 from vsraq.autoround.alignment_run import AlignmentRun
-from vsraq.autoround.counted_tokens import CountedTokens
-from vsraq.autoround.full_precision import FpRouters
 from vsraq.autoround.next_router import load_next_router, next_term
 from vsraq.autoround.refit import refit_in_block
 from vsraq.autoround.routing_pass import selected_experts
-from vsraq.autoround.terms import BlockTensors, RouterTerm, own_term
 from vsraq.capture import RouterCapture
+from vsraq.full_precision import FpRouters
+from vsraq.router_terms import BlockTensors, RouterTerm, own_term
 from vsraq.routers import Router, count_experts
+from vsraq.tokens.counted import CountedTokens
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from vsraq.autoround.rounded_pass import (
     SelectionDoneError,
     select_tokens_of_run,
 )
-from vsraq.autoround.token_recorder import TokenRecorder
 from vsraq.processes import gather
 from vsraq.tokens import TokenMask
+from vsraq.tokens.recorder import TokenRecorder
 
 if TYPE_CHECKING:
     from auto_round.algorithms.composer import AlgorithmComposer

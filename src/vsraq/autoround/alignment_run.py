@@ -13,7 +13,6 @@ from auto_round.utils import get_block_names
 from torch import Tensor, nn
 
 from vsraq.autoround.aligned_tokens import AlignedTokens
-from vsraq.autoround.block_records import BlockRecord
 from vsraq.autoround.checks import (
     check_next_router,
     check_router,
@@ -25,20 +24,21 @@ from vsraq.autoround.checks import (
     within_reach,
 )
 from vsraq.autoround.config import VSRAQConfig
-from vsraq.autoround.expert_coverage import RunCoverage
-from vsraq.autoround.exported_routers import restore_refitted_routers
-from vsraq.autoround.hybrids import adapt_attention_mask
-from vsraq.autoround.output_folder import set_leftovers_aside
 from vsraq.autoround.process_checks import (
     check_exporter,
     check_processes,
     model_settings,
 )
 from vsraq.autoround.resumable import export_folders, open_run
-from vsraq.autoround.resume_guard import ResumableRun
+from vsraq.exported_routers import restore_refitted_routers
+from vsraq.hybrids import adapt_attention_mask
 from vsraq.processes import process_count
 from vsraq.realignment_record import drop_record, record_realignment
+from vsraq.resume.block_records import BlockRecord
+from vsraq.resume.guard import ResumableRun
+from vsraq.resume.output_folder import set_leftovers_aside
 from vsraq.routers import Router, declared_router_classes, find_routers
+from vsraq.run_coverage import RunCoverage
 from vsraq.tokens import TokenMask
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import torch
 from auto_round.wrapper import WrapperLinear
 from torch import Tensor, nn
 
-from vsraq.autoround.terms import RouterTerm
 from vsraq.processes import process_count, sum_over_processes
+from vsraq.router_terms import RouterTerm
 
 # Runs a micro-batch. Returns, attached to the graph, its reconstruction error, None if
 # no weight is automatic, and its losses, None where a term looks at no sample of it.

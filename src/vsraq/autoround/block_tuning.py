@@ -13,10 +13,10 @@ from auto_round.algorithms.block_runner import BlockForwardRunner
 from torch import Tensor, nn
 
 from vsraq.autoround.balance import balance_terms
-from vsraq.autoround.counted_tokens import CountedTokens
-from vsraq.autoround.full_precision import eager
-from vsraq.autoround.terms import BlockTensors, RouterTerm
+from vsraq.full_precision import eager
 from vsraq.processes import mean_over_processes, with_common_value
+from vsraq.router_terms import BlockTensors, RouterTerm
+from vsraq.tokens.counted import CountedTokens
 
 logger = logging.getLogger("autoround.vsraq")
 

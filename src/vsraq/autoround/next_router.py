@@ -23,16 +23,16 @@ from torch.utils._pytree import tree_leaves
 
 from vsraq.autoround.alignment_run import AlignmentRun
 from vsraq.autoround.block_copy import copy_block
-from vsraq.autoround.full_precision import ranking_of
-from vsraq.autoround.look_ahead_device import look_ahead_device
-from vsraq.autoround.terms import (
+from vsraq.capture import router_input
+from vsraq.full_precision import ranking_of
+from vsraq.look_ahead_device import look_ahead_device
+from vsraq.options import Alignment
+from vsraq.router_terms import (
     NEXT_ROUTER,
     BlockTensors,
     RouterTerm,
     split_samples,
 )
-from vsraq.capture import router_input
-from vsraq.options import Alignment
 from vsraq.routers import Compared, Router, expert_containers, routers_inside
 
 

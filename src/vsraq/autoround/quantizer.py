@@ -26,14 +26,14 @@ from vsraq.autoround.aligned_block import AlignedBlock, without_checkpointing
 from vsraq.autoround.alignment_run import AlignmentRun
 from vsraq.autoround.block_tuning import BlockTuning
 from vsraq.autoround.config import VSRAQConfig
-from vsraq.autoround.counted_tokens import CountedTokens
-from vsraq.autoround.disk_errors import explain_disk_errors
-from vsraq.autoround.exported_routers import around_saving
-from vsraq.autoround.full_precision import FpRouters, FullPrecisionCapture
 from vsraq.autoround.several_processes import SeveralProcesses
-from vsraq.autoround.terms import BlockTensors
+from vsraq.exported_routers import around_saving
+from vsraq.full_precision import FpRouters, FullPrecisionCapture
 from vsraq.processes import with_common_value
+from vsraq.resume.disk_errors import explain_disk_errors
+from vsraq.router_terms import BlockTensors
 from vsraq.tokens import TokenMask
+from vsraq.tokens.counted import CountedTokens
 
 if TYPE_CHECKING:
     from auto_round.algorithms.composer import AlgorithmComposer

@@ -9,15 +9,15 @@ import torch
 from auto_round.algorithms.block_runner import BlockForwardRunner
 from torch import Tensor, nn
 
-from vsraq.autoround.counted_tokens import CountedTokens
-from vsraq.autoround.full_precision import eager
-from vsraq.autoround.refit_logits import REFIT_BYTES
-from vsraq.autoround.terms import BlockTensors
 from vsraq.capture import router_input
+from vsraq.full_precision import eager
 from vsraq.options import Alignment
 from vsraq.realignment import refit_router
 from vsraq.realignment_record import router_weight
+from vsraq.refit_logits import REFIT_BYTES
+from vsraq.router_terms import BlockTensors
 from vsraq.routers import BoundRouter
+from vsraq.tokens.counted import CountedTokens
 
 logger = logging.getLogger("autoround.vsraq")
 

@@ -13,9 +13,9 @@ from auto_round.compressors.utils import _get_save_folder_name
 from auto_round.utils import get_block_names
 from torch import Tensor
 
-from vsraq.autoround.output_folder import check_writable, refuse_leftovers
-from vsraq.autoround.resume_guard import ResumableRun
 from vsraq.realignment_record import tensor_bytes
+from vsraq.resume.guard import ResumableRun
+from vsraq.resume.output_folder import check_writable, refuse_leftovers
 
 
 def export_folders(orchestrator: Any) -> list[Path]:

@@ -8,9 +8,9 @@ import torch
 from auto_round.algorithms.block_runner import BlockForwardRunner
 from torch import Tensor, nn
 
-from vsraq.autoround.full_precision import eager
-from vsraq.autoround.terms import BlockTensors
 from vsraq.capture import RouterCapture, router_input
+from vsraq.full_precision import eager
+from vsraq.router_terms import BlockTensors
 from vsraq.routers import BoundRouter, Router
 
 

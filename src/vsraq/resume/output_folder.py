@@ -5,7 +5,7 @@ import logging
 import tempfile
 from pathlib import Path
 
-from vsraq.autoround.disk_errors import DiskError
+from vsraq.resume.disk_errors import DiskError
 
 logger = logging.getLogger("autoround.vsraq")
 

@@ -14,8 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from auto_round import envs
-
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -88,8 +86,8 @@ def disk_errors(folder: str) -> Iterator[None]:
             raise
         where = [folder]
         remedy = "make room, or export to another disk, and run it again"
-        if envs.AR_RESUME_DIR:
-            where.append(f"AR_RESUME_DIR={envs.AR_RESUME_DIR!r}")
+        if resume_dir := os.environ.get("AR_RESUME_DIR"):
+            where.append(f"AR_RESUME_DIR={resume_dir!r}")
             remedy = "make room and run the same command again: it resumes"
         raise DiskError(
             number,

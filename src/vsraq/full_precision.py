@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vsraq.autoround.refit_logits import RefitLogits
-from vsraq.autoround.terms import BlockTensors, split_samples
 from vsraq.capture import RouterCapture
 from vsraq.objectives import Objective
 from vsraq.options import Alignment, RankBy
 from vsraq.ranks import FpTarget
+from vsraq.refit_logits import RefitLogits
+from vsraq.router_terms import BlockTensors, split_samples
 from vsraq.routers import BoundRouter, Compared, Router
 
 

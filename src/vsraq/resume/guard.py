@@ -26,9 +26,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from vsraq.autoround.block_records import BlockRecord, BlockRecords
-from vsraq.autoround.output_folder import refuse_leftovers, weight_files
 from vsraq.realignment_record import write_atomically
+from vsraq.resume.block_records import BlockRecord, BlockRecords
+from vsraq.resume.output_folder import refuse_leftovers, weight_files
 
 logger = logging.getLogger("autoround.vsraq")
 
