@@ -46,7 +46,7 @@ class Sampling:
         return cls.of_config(getattr(model, "generation_config", None))
 
     @classmethod
-    def of_config(cls, config: GenerationConfig | None) -> Self:
+    def of_config(cls, config: "GenerationConfig | None") -> Self:
         """The same from the `generation_config` itself.
 
         Each of the three values that it sets counts, if it also sets `do_sample`.
