@@ -43,7 +43,7 @@ CASES: dict[str, dict[str, Any] | None] = {
     "next router": {"next_router_weight": 0.1},
     "both, automatic weights": {"router_weight": "auto", "next_router_weight": "auto"},
     "re-fit, uniform": {"realign_routers": True},
-    "re-fit, weighted": {"realign_routers": True, "realign_weighting": "boundary"},
+    "re-fit, weighted": {"realign_routers": {"weighting": "boundary"}},
     "own term, token selection": {"router_weight": 0.1, "token_selection": True},
     "default": {},
 }

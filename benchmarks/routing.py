@@ -104,17 +104,17 @@ _RATIOS = {f"both, ratio {r}": _BOTH | {"auto_ratio": r} for r in (0.1, 0.3, 2.0
 _INPUT = {"next_router_objective": "input_mse"}
 EXPERIMENTS: dict[str, dict[str, Any]] = _RATIOS | {
     "both, next input": _BOTH | _INPUT,
-    "both, boundary": _BOTH | {"realign_weighting": "boundary"},
+    "both, boundary": _BOTH | {"realign_routers": {"weighting": "boundary"}},
     "both, norms": _BOTH | {"enable_norm_bias_tuning": True},
     "next": {"objective": "top3k_mse", "next_router_weight": "auto"},
     "norms": {"enable_norm_bias_tuning": True},
     "two blocks": {"nblocks": 2},
-    "boundary": {"realign_weighting": "boundary"},
+    "boundary": {"realign_routers": {"weighting": "boundary"}},
     "both, selection": _BOTH | {"rank_by": "selection"},
     "both, selected tokens": _BOTH | {"token_selection": True},
-    "top 3K": {"realign_weighting": "top_3k"},
-    "ridge 1e-4": {"realign_ridge": 1e-4},
-    "ridge 1e-2": {"realign_ridge": 1e-2},
+    "top 3K": {"realign_routers": {"weighting": "top_3k"}},
+    "ridge 1e-4": {"realign_routers": {"ridge": 1e-4}},
+    "ridge 1e-2": {"realign_routers": {"ridge": 1e-2}},
     "both, next fixed 0.1": _BOTH | {"next_router_weight": 0.1},
     "both, next fixed 10": _BOTH | {"next_router_weight": 10.0},
 }
@@ -131,7 +131,10 @@ _SELECTED = {
     "SRA, top-2K": {"objective": "top2k_mse", "token_selection": True},
     "SRA, all experts": {"objective": "full_mse", "token_selection": True},
     "MSE + KL": {"objective": "mse_kl"},
-    **{f"SRA, tau {t:g}": {"objective": "sra", "tau": t} for t in TAUS},
+    **{
+        f"SRA, tau {t:g}": {"objective": "sra", "token_selection": {"tau": t}}
+        for t in TAUS
+    },
 }
 for _name, _options in _SELECTED.items():
     METHODS[_name] = METHODS[_name + REFIT] = _options | {"router_weight": "auto"}
@@ -221,8 +224,8 @@ def config_of(method: str, iters: int) -> Any:
     refit = method.endswith(REFIT)
     if "router_weight" not in arguments and not refit:
         return SignRoundConfig(iters=iters, **arguments)
-    arguments = {"router_weight": 0.0, **arguments}
-    return vsraq.VSRAQConfig(iters=iters, realign_routers=refit, **arguments)
+    parts = {"router_weight": 0.0, "realign_routers": refit}
+    return vsraq.VSRAQConfig(iters=iters, **parts | arguments)
 
 
 @functools.cache
@@ -231,13 +234,11 @@ def options_of(method: str) -> str:
     options: dict[str, Any] = {"arguments": METHODS[method]}
     config = config_of(method, 1)
     if isinstance(config, vsraq.VSRAQConfig):
-        alignment = config.alignment
-        unused = alignment.unused_options()
         # objectives stand below, by their text; the others do not change the weights
-        left_out = {*unused, "objective", "next_router_objective", "router_pattern"}
-        left_out |= {"token_mask", "min_tokens_per_expert", "on_unreached"}
-        own = {n: v for n, v in asdict(alignment).items() if n not in left_out}
-        options["alignment"] = own
+        left_out = {"objective", "next_router_objective"}
+        left_out |= {"min_tokens_per_expert", "on_unreached"}
+        own = config.alignment.plain()
+        options["alignment"] = {n: v for n, v in own.items() if n not in left_out}
         options["objective"] = str(config.alignment.own_objective)
         options["next_router_objective"] = str(config.alignment.next_objective)
     return json.dumps(options, sort_keys=True)
@@ -542,7 +543,8 @@ def format_selected(results: Iterable[dict[str, Any]]) -> str:
     for result in results:
         if "selected_tokens" in result:
             options = METHODS.get(result["method"]) or {}
-            tau = f"{options.get('tau', 1e-4):g}"
+            given = options.get("token_selection")
+            tau = f"{given['tau'] if isinstance(given, dict) else 1e-4:g}"
             key_ = result["model"], result["scheme"], tau
             shares[key_].append(100 * result["selected_tokens"])
     lines = ["| model | scheme | tau | selected tokens % |", "|---|---|---|---|"]

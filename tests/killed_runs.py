@@ -33,7 +33,7 @@ import tiny
 from vsraq import VSRAQConfig
 from vsraq.checkpoint import load_model
 
-SRA = {"token_selection": True, "tau": 0.05}
+SRA = {"token_selection": {"tau": 0.05}}
 MIXED = {"layer_config": {"model.layers.1.self_attn.q_proj": {"bits": 8}}}
 VARIANTS = {
     "streamed": (True, {}, {}),

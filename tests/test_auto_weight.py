@@ -194,14 +194,20 @@ def test_with_the_variants_of_the_loop(option, quantize, vsraq_log):
             },
             r"'boundary': 2}: its hyper-parameters have no effect without a term",
         ),
-        ({"realign_ridge": 0.1}, r"no effect without realign_routers=True"),
-        ({"realign_routers": True, "realign_ridge": 0}, r"realign_ridge=0: allowed"),
-        ({"realign_weighting": "boundary"}, r"no effect without realign_routers=True"),
+        ({"realign_routers": {"ridge": 0}}, r"realign_routers.ridge=0: allowed"),
         (
-            {"realign_routers": True, "realign_weighting": "top"},
-            r"realign_weighting='top': allowed is uniform, top_3k, boundary",
+            {"realign_routers": {}},
+            r"realign_routers=\{\}: allowed is True, False, or a",
         ),
-        ({"realign_routers": 1}, r"realign_routers=1: allowed is True or False"),
+        (
+            {"realign_routers": {"wieghting": "top_3k"}},
+            r"realign_routers.wieghting: unknown key; did you mean",
+        ),
+        (
+            {"realign_routers": {"weighting": "top"}},
+            r"realign_routers.weighting='top': allowed is uniform, top_3k, boundary",
+        ),
+        ({"realign_routers": 1}, r"realign_routers=1: allowed is True, False"),
     ],
 )
 def test_refused(kwargs, message):

@@ -65,8 +65,8 @@ def test_a_cell_says_what_its_method_meant():
     options = json.loads(routing.options_of(routing.DEFAULT))
     alignment = options["alignment"]
     assert alignment["auto_ratio"] == 1
-    assert alignment["realign_ridge"] == 1e-3
-    assert "tau" not in alignment  # selects no tokens
+    assert alignment["realign_routers"]["ridge"] == 1e-3
+    assert not alignment["token_selection"]  # selects no tokens
     assert options["objective"] == "top3k_mse(multiplier=3)"
     assert json.loads(routing.options_of("AutoRound")) == {"arguments": {}}
 

@@ -131,9 +131,7 @@ def test_a_family_that_is_renamed_on_disk(tmp_path):
 def test_no_record_where_no_router_was_re_fitted(quantize):
     model = tiny.tiny_model("solar_open")
     model.config.vsraq = {"realign_routers": True}  # of an earlier run
-    config = VSRAQConfig(
-        iters=1, router_weight=0, realign_routers=True, realign_ridge=1e12
-    )
+    config = VSRAQConfig(iters=1, router_weight=0, realign_routers={"ridge": 1e12})
     autoround, model = quantize(model, config)
     assert not refitted_of(autoround)
     assert not hasattr(model.config, "vsraq")

@@ -216,7 +216,7 @@ def test_a_streamed_block_is_loaded_without_its_experts(
         loaded.append((name, before, dict(copy.named_parameters())))
         return copy
 
-    monkeypatch.setattr("vsraq.autoround.quantizer.load_without_experts", spy)
+    monkeypatch.setattr("vsraq.autoround.next_router.load_without_experts", spy)
     source = tiny.save("solar_open", tmp_path / "model")
     quantize(str(source), VSRAQConfig(iters=1, next_router_weight=1.0))
     ((name, before, after),) = loaded
@@ -318,7 +318,7 @@ def test_blocks_with_arguments_of_their_own_are_refused(quantize, monkeypatch):
     prepare_run = VSRAQQuantizer.prepare_run
 
     def variable(self, composer=None):
-        self._orchestrator.has_variable_block_shape = True
+        self.run.orchestrator.has_variable_block_shape = True
         prepare_run(self, composer)
 
     monkeypatch.setattr(VSRAQQuantizer, "prepare_run", variable)

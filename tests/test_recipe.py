@@ -141,7 +141,7 @@ def test_bad_files_and_overrides(text, overrides, message, tmp_path):
     + [
         {"objective": {"name": "topk_mse", "multiplier": "all"}},
         {"objective": "sra", "token_mask": "mask.safetensors"},
-        {"objective": "sra", "tau": 0.01, "shift_threshold": 0.1},
+        {"token_selection": {"tau": 0.01, "shift_threshold": 0.1}},
         {"realign_routers": True},
     ],
     ids=str,
@@ -151,7 +151,8 @@ def test_a_resolved_recipe_is_a_recipe(options, tmp_path, monkeypatch):
     (tmp_path / "mask.safetensors").touch()
     recipe = parse_recipe(MINIMAL | {"algorithm": {"router_weight": 0.5} | options})
     again = parse_recipe(parse_yaml(write_yaml(recipe.resolved())))
-    assert again.algorithm_config().alignment == recipe.algorithm_config().alignment
+    configs = again.algorithm_config(), recipe.algorithm_config()
+    assert configs[0].alignment.plain() == configs[1].alignment.plain()
     assert again.resolved() == recipe.resolved()
 
 
@@ -161,7 +162,9 @@ def test_the_resolved_recipe_is_complete_and_runs_again():
     assert resolved["algorithm"]["iters"] == 200
     assert resolved["algorithm"]["router_weight"] == "auto"
     assert resolved["algorithm"]["next_router_weight"] == "auto"
-    assert resolved["algorithm"]["realign_routers"] is True
+    refit = {"ridge": 1e-3, "weighting": "uniform"}
+    assert resolved["algorithm"]["realign_routers"] == refit
+    assert resolved["algorithm"]["objective"] == {"name": "topk_mse", "multiplier": 1}
     assert resolved["calibration"]["seed"] == 42
     again = parse_recipe(parse_yaml(write_yaml(resolved)))
     assert isinstance(again, Recipe)
@@ -247,7 +250,7 @@ def test_selected_tokens_are_written_and_found_again(
     assert any(f"tokens were selected before, in {path}" in m for m in vsraq_log)
     assert not any(m.startswith("vsraq: selected ") for m in vsraq_log)
     vsraq_log.clear()
-    again = [*arguments, "algorithm.tau=0.2"]
+    again = [*arguments, "algorithm.token_selection.tau=0.2"]
     assert main(["quantize", *again]) == 1
     assert "holds weights that are not of this run" in capsys.readouterr().err
     shutil.rmtree(tmp_path / "out" / "model-w4g32")

@@ -47,7 +47,7 @@ VALUES = [
 ]
 KINDS = ["value", "key", "double", "cut", "indent", "drop"]
 WHOLE = {"iters", "nblocks", "gradient_accumulate_steps", "lookahead"}
-REAL = {"lr", "minmax_lr", "momentum", "tau", "auto_ratio", "realign_ridge"}
+REAL = {"lr", "minmax_lr", "momentum", "auto_ratio"}
 
 
 @st.composite

@@ -44,6 +44,10 @@ def config(objective="sra", **kwargs):
     return VSRAQConfig(objective=objective, **options | kwargs)
 
 
+def at(tau):
+    return {"token_selection": {"tau": tau}}
+
+
 PARTS = [
     {},
     {"next_router_weight": 10.0},
@@ -64,7 +68,9 @@ def test_a_mask_of_ones_is_ra_bit_for_bit(parts, text, quantize, tmp_path):
     plain, plain_gates = run(config("ra", **parts))
     # tau=0 selects every token whose output changed at all
     ones, gates = run(
-        config(tau=0, **parts) if text else config(token_mask=constant(True), **parts)
+        config(token_selection={"tau": 0.0}, **parts)
+        if text
+        else config(token_mask=constant(True), **parts)
     )
     assert same(plain, ones)
     assert all(torch.equal(a, b) for a, b in zip(gates, plain_gates, strict=True))
@@ -118,14 +124,14 @@ def test_masks_multiply(quantize):
 
 def test_selected_at_the_start_of_the_run(quantize, vsraq_log):
     """The same as with that mask given."""
-    run, model = quantize(tiny.tiny_model(FAMILY), config(tau=0.05))
+    run, model = quantize(tiny.tiny_model(FAMILY), config(**at(0.05)))
     computed, mask = weights(model), run.alg_composer.block_quantizer.token_mask
     assert same(computed, tuned(quantize, config(token_mask=mask)))
     (line,) = [m for m in vsraq_log if "vsraq: selected" in m]
     assert "of 256 tokens" in line
     assert "tau=0.05" in line
     assert not same(computed, tuned(quantize, config("ra")))
-    assert same(computed, tuned(quantize, config(tau=0.05)))
+    assert same(computed, tuned(quantize, config(**at(0.05))))
 
 
 NEXT = {"router_weight": 0.0, "next_router_weight": 100.0}
@@ -195,7 +201,7 @@ def test_selected_before_the_run(quantize):
     arguments = tiny.RUN | {"tokenizer": tiny.tiny_tokenizer()}
     model, dataset = tiny.tiny_model(FAMILY), tiny.calibration()
     mask = select_tokens(model, dataset, "W4A16", tau=0.05, **arguments)
-    run, _ = quantize(tiny.tiny_model(FAMILY), config(tau=0.05, iters=1))
+    run, _ = quantize(tiny.tiny_model(FAMILY), config(**at(0.05), iters=1))
     assert mask.digest == run.alg_composer.block_quantizer.token_mask.digest
     assert 0 < mask.selected < mask.total
     assert hook_count(model) == 0
@@ -256,15 +262,26 @@ def test_a_mask_of_other_tokens_is_refused(quantize, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"objective": "ra", "tau": 0.1}, "tau=0.1: it has no effect without obj"),
         ({"objective": "ra", "token_mask": "m"}, "token_mask='m': it has no effect"),
-        ({"token_mask": "m", "tau": 0.1}, "no effect without token_mask=None"),
+        (
+            {"token_mask": "m", "token_selection": {"tau": 0.1}},
+            "it has no effect with token_mask",
+        ),
         ({"token_selection": False}, "token_selection=False: objective 'sra' is for"),
-        ({"tau": -1.0}, "tau=-1.0: allowed is a finite number >= 0"),
-        ({"shift_threshold": 1.5}, "shift_threshold=1.5: allowed is a fraction"),
+        (
+            {"token_selection": {"tau": -1.0}},
+            "token_selection.tau=-1.0: allowed is a finite number >= 0",
+        ),
+        (
+            {"token_selection": {"shift_threshold": 1.5}},
+            "token_selection.shift_threshold=1.5: allowed is a fraction",
+        ),
         ({"token_mask": 123}, "token_mask=123: allowed is a TokenMask, the path"),
-        ({"tau": "x"}, "tau='x': allowed is a finite number"),
-        ({"token_selection": "yes"}, "token_selection='yes': allowed is True or"),
+        (
+            {"token_selection": {"tau": "x"}},
+            "token_selection.tau='x': allowed is a finite number",
+        ),
+        ({"token_selection": "yes"}, "token_selection='yes': allowed is True, False"),
     ],
 )
 def test_refused(options, message):

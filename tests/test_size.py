@@ -9,7 +9,7 @@ from torch import nn
 
 import at_size
 import tiny
-from vsraq import VSRAQConfig, error_weights, refit_logits, routers
+from vsraq import VSRAQConfig, error_weights, refit_logits
 from vsraq.analysis import compare
 from vsraq.analysis.compare import CHUNK_TOKENS
 from vsraq.autoround import alignment_run
@@ -21,7 +21,7 @@ from vsraq.ranks import rank_logits
 from vsraq.realignment import RidgeSums
 from vsraq.refit_logits import RefitLogits, in_half
 from vsraq.router_terms import RouterTerm, split_samples
-from vsraq.routers import Router, find_routers
+from vsraq.routers import Router, experts, find, find_routers
 from vsraq.tokens.counted import SampleTokens
 
 # ── comparison ────────────────────────────────────────────────────────────────
@@ -82,7 +82,7 @@ def test_a_weighted_refit_that_is_too_large_says_how_large():
 
 def test_it_is_refused_before_anything_is_allocated(monkeypatch):
     monkeypatch.setattr(error_weights, "WEIGHTED_LIMIT", 8 * 64 * 64 * 8 - 1)
-    with pytest.raises(ValueError, match='realign_weighting="uniform"'):
+    with pytest.raises(ValueError, match='weighting="uniform"'):
         RidgeSums(64, 8, weighted=True)
     assert RidgeSums(64, 8).gram.shape == (1, 64, 64)
 
@@ -91,7 +91,7 @@ def test_it_is_refused_before_a_block_is_tuned(quantize, monkeypatch):
     monkeypatch.setattr(error_weights, "WEIGHTED_LIMIT", 8 * 64 * 64 * 8 - 1)
     model = tiny.tiny_model("solar_open")
     weight = model.model.layers[0].self_attn.q_proj.weight.clone()
-    config = VSRAQConfig(iters=1, realign_routers=True, realign_weighting="boundary")
+    config = VSRAQConfig(iters=1, realign_routers={"weighting": "boundary"})
     with pytest.raises(ValueError, match="a weighted re-fit of 8 experts"):
         quantize(model, config)
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, weight)
@@ -279,10 +279,14 @@ def moe(layers, experts=4):
 
 def test_the_check_of_smoothing_looks_at_every_module_a_few_times(monkeypatch):
     looked = []
-    beside = routers._experts_beside
-    monkeypatch.setattr(
-        routers, "_experts_beside", lambda parent: looked.append(1) or beside(parent)
-    )
+    beside = experts.experts_beside
+
+    def spy(parent):
+        looked.append(1)
+        return beside(parent)
+
+    for room in (experts, find):
+        monkeypatch.setattr(room, "experts_beside", spy)
     counts = []
     for layers in (8, 16):
         model = moe(layers)

@@ -26,7 +26,7 @@ def check_weighted_size(hidden: int, num_experts: int) -> None:
             f"a weighted re-fit of {num_experts} experts with hidden size {hidden} "
             f"needs {num_experts} x {hidden}^2 x 8 bytes = {size / 2**30:.1f} GiB; "
             f"allowed are {WEIGHTED_LIMIT / 2**30:.0f} GiB, so fit all errors alike "
-            '(realign_weighting="uniform"), with one system for all experts'
+            '(weighting="uniform"), with one system for all experts'
         )
 
 

@@ -2,19 +2,21 @@
 """Every option of router alignment, once: its default, what is allowed, what it needs.
 
 `Alignment` holds the final values of a run. A new option is one field here, and a
-keyword of `vsraq.VSRAQConfig` with its description.
+keyword of `vsraq.VSRAQConfig` with its description. What only one switch needs is a
+setting of that switch: `realign_routers={"ridge": 1e-2}`.
 """
 
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from vsraq.error_weights import Weighting
 from vsraq.objectives import Objective, ObjectiveLike, get_objective
 from vsraq.realignment import DEFAULT_RIDGE
+from vsraq.strict import refuse_unknown
 from vsraq.tokens import TokenMask
 
 Weight: TypeAlias = float | Literal["auto"]
@@ -56,7 +58,6 @@ def _is_objective(value: Any) -> bool:
     return True
 
 
-_SWITCH = _allowed(lambda v: isinstance(v, bool), "True or False")
 _COUNT = _allowed(lambda v: type(v) is int and v >= 1, "an int >= 1")
 _WEIGHT = _allowed(
     lambda v: v == "auto" or (_is_number(v) and v >= 0),
@@ -65,7 +66,8 @@ _WEIGHT = _allowed(
 _POSITIVE = _allowed(lambda v: _is_number(v) and v > 0, "a finite number > 0")
 _JSD = _allowed(lambda v: _is_number(v) and v >= 0, "a finite number >= 0, in nats")
 _SHIFT = _allowed(
-    lambda v: _is_number(v) and 0 <= v < 1, "a fraction from 0 to below 1, or None"
+    lambda v: v is None or (_is_number(v) and 0 <= v < 1),
+    "a fraction from 0 to below 1, or None",
 )
 _MASK = _allowed(
     lambda v: isinstance(v, TokenMask | str | Path),
@@ -76,46 +78,96 @@ _OBJECTIVE = _allowed(_is_objective, "an objective")
 
 
 @dataclass(frozen=True)
+class Refit:
+    """The settings of `realign_routers`.
+
+    Attributes:
+        ridge: Ridge of the re-fit, as a fraction of the mean diagonal of X^T X.
+        weighting: Which errors of the logits it counts; see `vsraq.error_weights`.
+    """
+
+    ridge: float = field(default=DEFAULT_RIDGE, metadata=_POSITIVE)
+    weighting: Weighting = field(default="uniform", metadata=_one_of(Weighting))
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The settings of `token_selection`: how much a selected token changed.
+
+    Attributes:
+        tau: Its Sampled-JSD is above this, nats (SRA Eq. 7).
+        shift_threshold: And its routing shift is above this; None: any.
+    """
+
+    tau: float = field(default=1e-4, metadata=_JSD)
+    shift_threshold: float | None = field(default=None, metadata=_SHIFT)
+
+
+def _switch(name: str, settings: type[Refit] | type[Threshold]) -> _Metadata:
+    """A switch, or a mapping of its settings, which turns it on."""
+    known = ", ".join(setting.name for setting in fields(settings))
+
+    def is_switch(value: Any) -> bool:
+        if isinstance(value, Mapping) and value:
+            _check_fields(settings, value, name)
+            return True
+        return isinstance(value, bool)
+
+    return _allowed(is_switch, f"True, False, or a mapping of {known} to values")
+
+
+def _check_fields(owner: type, values: Mapping[str, Any], section: str = "") -> None:
+    """Check values by the names of a dataclass's fields.
+
+    Raises:
+        ValueError: A name is unknown, or a value is not allowed.
+    """
+    known = {option.name: option.metadata for option in fields(owner)}
+    refuse_unknown(values, known, section)
+    prefix = f"{section}." if section else ""
+    for name, value in values.items():
+        if not known[name]["check"](value):
+            allowed = known[name]["allowed"]
+            raise ValueError(f"{prefix}{name}={value!r}: allowed is {allowed}")
+
+
+@dataclass(frozen=True)
 class Alignment:
     """Which parts of router alignment a run has, every option with its final value.
 
     Attributes:
         router_weight: Weight of the own routers' loss; 0 is off.
         next_router_weight: Weight of the next router's loss; 0 is off.
-        realign_routers: Whether routers are re-fitted.
+        realign_routers: Whether routers are re-fitted, or the settings of that.
         objective: The loss per token of the own routers.
         next_router_objective: That of the next router; None takes `objective`.
         rank_by: Which order of the experts the losses read.
         router_pattern: What names the routers; None finds them.
-        token_selection: Whether only tokens count whose output changed.
+        token_selection: Whether only tokens count whose output changed, or by how much.
         token_mask: Which tokens; None finds them.
-        tau: They changed by more than this Sampled-JSD, nats.
-        shift_threshold: And their routing moved by more than this; None: any.
         lookahead: Blocks that may be run to reach the next router.
         auto_ratio: Strength of automatic weights.
-        realign_ridge: Ridge of the re-fit.
-        realign_weighting: Which errors the re-fit counts.
         min_tokens_per_expert: Experts with fewer calibration tokens are named.
         on_unreached: Whether such an expert ends the run.
     """
 
     router_weight: Weight = field(default=0.0, metadata=_WEIGHT)
     next_router_weight: Weight = field(default=0.0, metadata=_WEIGHT)
-    realign_routers: bool = field(default=False, metadata=_SWITCH)
+    realign_routers: bool | Mapping[str, Any] = field(
+        default=False, metadata=_switch("realign_routers", Refit)
+    )
     objective: ObjectiveLike = field(default="top3k_mse", metadata=_OBJECTIVE)
     next_router_objective: ObjectiveLike | None = field(
         default=None, metadata=_OBJECTIVE
     )
     rank_by: RankBy = field(default="logits", metadata=_one_of(RankBy))
     router_pattern: str | None = field(default=None, metadata=_PATTERN)
-    token_selection: bool = field(default=False, metadata=_SWITCH)
+    token_selection: bool | Mapping[str, Any] = field(
+        default=False, metadata=_switch("token_selection", Threshold)
+    )
     token_mask: TokenMask | str | Path | None = field(default=None, metadata=_MASK)
-    tau: float = field(default=1e-4, metadata=_JSD)
-    shift_threshold: float | None = field(default=None, metadata=_SHIFT)
     lookahead: int = field(default=2, metadata=_COUNT)
     auto_ratio: float = field(default=1.0, metadata=_POSITIVE)
-    realign_ridge: float = field(default=DEFAULT_RIDGE, metadata=_POSITIVE)
-    realign_weighting: Weighting = field(default="uniform", metadata=_one_of(Weighting))
     min_tokens_per_expert: int = field(default=1, metadata=_COUNT)
     on_unreached: OnUnreached = field(default="warn", metadata=_one_of(OnUnreached))
 
@@ -131,7 +183,19 @@ class Alignment:
     @property
     def reads_full_precision(self) -> bool:
         """Whether a part reads what a block's own routers do in full precision."""
-        return self.router_weight != 0 or self.realign_routers
+        return self.router_weight != 0 or self.refit is not None
+
+    @property
+    def refit(self) -> Refit | None:
+        """How routers are re-fitted; None: not at all."""
+        given = self.realign_routers
+        return Refit(**_settings(given)) if given else None
+
+    @property
+    def threshold(self) -> Threshold | None:
+        """Which tokens are selected; None: all are aligned, or those of a mask."""
+        given = self.token_selection
+        return Threshold(**_settings(given)) if given and not self.token_mask else None
 
     @property
     def own_objective(self) -> Objective:
@@ -168,23 +232,43 @@ class Alignment:
             needed |= dict.fromkeys(_OF_ANY_PART, part)
         if not self.token_selection:
             selection = 'objective="sra" or token_selection=True'
-            needed |= dict.fromkeys(("token_mask", *_OF_SELECTION), selection)
-        elif self.token_mask is not None:
-            own = "token_mask=None, because a mask has its own"
-            needed |= dict.fromkeys(_OF_SELECTION, own)
+            needed["token_mask"] = selection
         if self.next_router_weight == 0:
             next_term = "a next_router_weight"
             needed |= dict.fromkeys(("lookahead", "next_router_objective"), next_term)
         if "auto" not in (self.router_weight, self.next_router_weight):
             needed["auto_ratio"] = 'a weight of "auto"'
-        if not self.realign_routers:
-            refit = "realign_routers=True"
-            needed |= dict.fromkeys(("realign_ridge", "realign_weighting"), refit)
         return needed
+
+    def plain(self) -> dict[str, Any]:
+        """The options that have an effect, with final values, as YAML holds them."""
+        unused = {"objective", "next_router_objective", *self.unused_options()}
+        values = {n: getattr(self, n) for n in OPTIONS if n not in unused}
+        values["objective"] = get_objective(self.objective).name
+        if self.own_objective in self.read_objectives:
+            values["objective"] = _plain_objective(self.own_objective)
+        if self.next_router_objective is not None and self.next_router_weight != 0:
+            values["next_router_objective"] = _plain_objective(self.next_objective)
+        if self.refit is not None:
+            values["realign_routers"] = asdict(self.refit)
+        if self.threshold is not None:
+            values["token_selection"] = asdict(self.threshold)
+        if isinstance(self.token_mask, TokenMask | Path):
+            values["token_mask"] = str(self.token_mask)
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def _settings(switch: bool | Mapping[str, Any]) -> Mapping[str, Any]:
+    return switch if isinstance(switch, Mapping) else {}
+
+
+def _plain_objective(objective: Objective) -> str | dict[str, Any]:
+    if not objective.hyperparameters:
+        return objective.name
+    return {"name": objective.name, **objective.hyperparameters}
 
 
 PARTS = ("router_weight", "next_router_weight", "realign_routers")
-_OF_SELECTION = ("tau", "shift_threshold")
 _OF_ANY_PART = (
     "token_selection",
     "router_pattern",
@@ -223,12 +307,7 @@ def check(named: Mapping[str, Any]) -> None:
         ValueError: A value is not allowed, or would have no effect.
     """
     named = {name: value for name, value in named.items() if value is not None}
-    for option in fields(Alignment):
-        if option.name in named:
-            value = named[option.name]
-            if not option.metadata["check"](value):
-                allowed = option.metadata["allowed"]
-                raise ValueError(f"{option.name}={value!r}: allowed is {allowed}")
+    _check_fields(Alignment, named)
     alignment = resolve(named)
     for name, needed in alignment.unused_options().items():
         if name in named:
@@ -237,6 +316,11 @@ def check(named: Mapping[str, Any]) -> None:
                 f"that too, or leave {name} out"
             )
     _check_hyperparameters_are_read(alignment)
+    if alignment.token_mask is not None and _settings(alignment.token_selection):
+        raise ValueError(
+            f"token_selection={alignment.token_selection!r}: it has no effect with "
+            "token_mask, which has its own thresholds; allowed with it is True"
+        )
     if not alignment.token_selection and alignment.is_selective:
         raise ValueError(
             f"token_selection=False: objective {alignment.objective!r} is for selected "

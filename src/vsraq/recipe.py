@@ -41,6 +41,7 @@ from vsraq.autoround.recipe_keys import (
 from vsraq.autoround.rounded_pass import Selection
 from vsraq.autoround.select_tokens import selection_of
 from vsraq.checkpoint import check_formats
+from vsraq.options import OPTIONS, Threshold
 from vsraq.strict import check_values, refuse_unknown
 from vsraq.tokens import TokenMask
 from vsraq.yaml_text import parse_yaml, read_text, write_yaml
@@ -128,21 +129,15 @@ class Recipe:
         """Every setting with its final value; `parse_recipe` takes it back."""
         plain = asdict(self)
         config = self.algorithm_config()
+        own = config.alignment.plain() if isinstance(config, VSRAQConfig) else {}
+        names = _arguments(self._config_class).difference(OPTIONS)
+        values = {name: getattr(config, name, None) for name in names} | own
         plain["algorithm"] = {
             name: value if isinstance(value, str | int | float | dict) else str(value)
-            for name in sorted(_arguments(self._config_class))
-            if (value := _final_value(config, name)) is not None
+            for name, value in sorted(values.items())
+            if value is not None
         }
         return plain
-
-
-def _final_value(config: SignRoundConfig, name: str) -> Any:
-    """An option's value; what the parts of the alignment leave to each other too."""
-    if not isinstance(config, VSRAQConfig):
-        return getattr(config, name, None)
-    if name in config.alignment.unused_options():
-        return None
-    return getattr(config.alignment, name, getattr(config, name, None))
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -257,7 +252,7 @@ def refuse_without_selection(recipe: Recipe) -> None:
     Raises:
         ValueError: It selects no tokens, or names a mask.
     """
-    if not _selects_tokens(recipe.algorithm_config()):
+    if _threshold(recipe.algorithm_config()) is None:
         raise ValueError(
             "algorithm: this recipe selects no tokens to write a mask of; allowed is "
             "one with objective: sra or token_selection: true, and without token_mask"
@@ -298,22 +293,20 @@ def _rounding(recipe: Recipe) -> str:
     return f"{rounding} {own}" if own else rounding
 
 
-def _selects_tokens(config: SignRoundConfig) -> bool:
-    return (
-        isinstance(config, VSRAQConfig)
-        and config.alignment.token_selection
-        and config.token_mask is None
-    )
+def _threshold(config: SignRoundConfig) -> Threshold | None:
+    """Which tokens a run selects itself."""
+    return config.alignment.threshold if isinstance(config, VSRAQConfig) else None
 
 
 def _reusable_mask(recipe: Recipe, config: SignRoundConfig) -> Path | None:
     """The mask that `select_tokens` has written, if it was made for this run."""
     path = mask_path(recipe)
-    if not _selects_tokens(config) or not path.is_file():
+    threshold = _threshold(config)
+    if threshold is None or not path.is_file():
         return None
-    mask, alignment = TokenMask.load(path), config.alignment
+    mask = TokenMask.load(path)
     made = (mask.model, mask.scheme, mask.tau, mask.shift_threshold)
-    thresholds = (alignment.tau, alignment.shift_threshold)
+    thresholds = (threshold.tau, threshold.shift_threshold)
     wanted = (recipe.model, _rounding(recipe), *thresholds)
     if made != wanted:
         logger.warning(
@@ -342,7 +335,7 @@ def run(recipe: Recipe) -> list[Path]:
     config = recipe.algorithm_config()
     mask = _reusable_mask(recipe, config)
     if mask is not None:
-        config.token_mask, config.tau, config.shift_threshold = mask, None, None
+        config.token_mask, config.token_selection = mask, True
     autoround = build(recipe, config=config)
     _, folders = autoround.quantize_and_save(recipe.output, format=recipe.format)
     paths = [Path(f) for f in ([folders] if isinstance(folders, str) else folders)]

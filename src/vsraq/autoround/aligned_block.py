@@ -146,7 +146,8 @@ class AlignedBlock:
 
     def refit(self, fp_routers: FpRouters) -> None:
         """Re-fit the routers of the tuned block, before its output feeds the next."""
-        if not self.run.alignment.realign_routers:
+        settings = self.run.alignment.refit
+        if settings is None:
             return
         for router in self.routers:
             named = replace(router, name=self.full_name(router))
@@ -157,7 +158,7 @@ class AlignedBlock:
                 self.tensors,
                 self.tokens,
                 self.runner,
-                self.run.alignment,
+                settings,
             )
 
 

@@ -14,6 +14,7 @@ from vsraq.autoround.rounded_pass import (
     SelectionDoneError,
     select_tokens_of_run,
 )
+from vsraq.options import Threshold
 from vsraq.processes import gather
 from vsraq.tokens import TokenMask
 from vsraq.tokens.recorder import TokenRecorder
@@ -138,13 +139,13 @@ class AlignedTokens:
         composer: "AlgorithmComposer",
         token_ids: Sequence[Tensor],
     ) -> Selection:
-        alignment = self._config.alignment
+        threshold = self._config.alignment.threshold or Threshold()
         selection = select_tokens_of_run(
             orchestrator,
             composer,
             token_ids,
-            tau=alignment.tau,
-            shift_threshold=alignment.shift_threshold,
+            tau=threshold.tau,
+            shift_threshold=threshold.shift_threshold,
         )
         logger.info("vsraq: %s", selection)
         return selection

@@ -4,6 +4,7 @@
 import logging
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,7 +186,8 @@ class AlignmentRun:
         mask = None if self._tokens is None else self._tokens.given
         own |= {
             "vsraq": version("vsraq"),
-            "alignment": self.alignment,
+            # the mask is told by its digest
+            "alignment": replace(self.alignment, token_mask=None),
             "objective": self.alignment.own_objective,
             "next_router_objective": self.alignment.next_objective,
             "seed": getattr(self.orchestrator, "seed", None),

@@ -59,11 +59,14 @@ def check_selection(alignment: Alignment, routers: Sequence[Router]) -> None:
     """
     asks = {
         f"rank_by={alignment.rank_by!r}": alignment.rank_by != "logits",
-        f"realign_weighting={alignment.realign_weighting!r}": alignment.realign_routers
-        and alignment.realign_weighting != "uniform",
-        f"shift_threshold={alignment.shift_threshold}": alignment.token_selection
-        and alignment.shift_threshold is not None,
     }
+    refit, threshold = alignment.refit, alignment.threshold
+    if refit is not None:
+        weighted = refit.weighting != "uniform"
+        asks[f"realign_routers.weighting={refit.weighting!r}"] = weighted
+    if threshold is not None:
+        shift = threshold.shift_threshold
+        asks[f"token_selection.shift_threshold={shift}"] = shift is not None
     options = [option for option, asked in asks.items() if asked]
     unknown = [router for router in routers if router.rule is None]
     if options and unknown:
@@ -89,7 +92,7 @@ def check_weighting(
     Raises:
         ValueError: Its sums would be larger than `vsraq.error_weights.WEIGHTED_LIMIT`.
     """
-    if not alignment.realign_routers or alignment.realign_weighting == "uniform":
+    if alignment.refit is None or alignment.refit.weighting == "uniform":
         return
     for router in routers:
         weight: Tensor = linear_map(model.get_submodule(router.name)).weight  # type: ignore[assignment]

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`VSRAQConfig`: AutoRound's SignRound configuration plus router alignment."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 
 from vsraq.autoround.option_types import check_config_options, check_options
-from vsraq.error_weights import Weighting
 from vsraq.objectives import ObjectiveLike
 from vsraq.options import (
     OPTIONS,
@@ -63,20 +63,19 @@ class VSRAQConfig(SignRoundConfig):
         token_selection: Align the routers on tokens only whose output changes when the
             model is rounded to nearest (Selective Router Alignment): their losses and
             their re-fit. None does so for objective="sra", which is "ra" with it. All
-            tokens take part in the reconstruction loss.
+            tokens take part in the reconstruction loss. A mapping turns it on and says
+            which tokens: {"tau": 1e-4} those whose Sampled-JSD is above it, in nats,
+            and "shift_threshold" those whose routing shift is above it as well (SRA's
+            aggressive variant).
         token_mask: Which tokens; a `TokenMask`, or the path of one. None selects them
             at the start of the run, in two passes over the blocks.
-        tau: Select tokens whose Sampled-JSD is above it, nats; None is 1e-4 (SRA).
-        shift_threshold: And whose routing shift is above it (SRA's aggressive
-            variant); None does not look at the routing.
         lookahead: How many of the following blocks may be run to reach the next
             router; None is 2.
         auto_ratio: How strong an "auto" weight is; None is 1.
-        realign_routers: Re-fit each router after its block is tuned.
-        realign_ridge: Ridge of the re-fit, as a fraction of the mean diagonal of
-            X^T X; None is 1e-3.
-        realign_weighting: Which errors of the logits it fits: "uniform" (None),
-            "top_3k" or "boundary"; see `vsraq.error_weights.error_weights`.
+        realign_routers: Re-fit each router after its block is tuned. A mapping turns it
+            on and says how: "ridge" is a fraction of the mean diagonal of X^T X, 1e-3;
+            "weighting" says which errors of the logits count, "uniform", "top_3k" or
+            "boundary" (see `vsraq.error_weights.error_weights`).
         min_tokens_per_expert: Experts that get fewer calibration tokens than this are
             named at the end of the run; None is 1.
         on_unreached: "warn" of them (None), or end the run at the first block that
@@ -100,15 +99,11 @@ class VSRAQConfig(SignRoundConfig):
         next_router_objective: ObjectiveLike | None = None,
         rank_by: RankBy | None = None,
         router_pattern: str | None = None,
-        token_selection: bool | None = None,
+        token_selection: bool | Mapping[str, Any] | None = None,
         token_mask: TokenMask | str | Path | None = None,
-        tau: float | None = None,
-        shift_threshold: float | None = None,
         lookahead: int | None = None,
         auto_ratio: float | None = None,
-        realign_routers: bool | None = None,
-        realign_ridge: float | None = None,
-        realign_weighting: Weighting | None = None,
+        realign_routers: bool | Mapping[str, Any] | None = None,
         min_tokens_per_expert: int | None = None,
         on_unreached: OnUnreached | None = None,
         **kwargs: Any,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vsraq.capture import router_input
 from vsraq.full_precision import eager
-from vsraq.options import Alignment
+from vsraq.options import Refit
 from vsraq.realignment import refit_router
 from vsraq.realignment_record import router_weight
 from vsraq.refit_logits import REFIT_BYTES
@@ -29,7 +29,7 @@ def refit_in_block(
     tensors: BlockTensors,
     tokens: CountedTokens,
     runner: BlockForwardRunner,
-    alignment: Alignment,
+    settings: Refit,
 ) -> dict[str, Tensor]:
     """Re-fit one router of the tuned block, before its output feeds the next.
 
@@ -40,7 +40,7 @@ def refit_in_block(
         tensors: What the block was tuned with.
         tokens: Which tokens count.
         runner: AutoRound's, for its batches, precision and device.
-        alignment: For its ridge and weighting.
+        settings: Its ridge and weighting.
 
     Returns:
         The new weight, (E, H), on the CPU, by its name in the model; empty if the old
@@ -80,8 +80,8 @@ def refit_in_block(
         refit = refit_router(
             router,
             samples(),
-            ridge=alignment.realign_ridge,
-            weighting=alignment.realign_weighting,
+            ridge=settings.ridge,
+            weighting=settings.weighting,
         )
     logger.info("vsraq: %s", refit)
     if not refit.applied:

@@ -48,9 +48,7 @@ def select_tokens(
     config = VSRAQConfig(
         objective="ra",
         router_weight=1.0,
-        token_selection=True,
-        tau=tau,
-        shift_threshold=shift_threshold,
+        token_selection={"tau": tau, "shift_threshold": shift_threshold},
     )
     config.select_only = True
     run = AutoRound(model, dataset=dataset, scheme=scheme, alg_configs=config, **kwargs)
