@@ -18,6 +18,7 @@ from vsraq import VSRAQConfig
 from vsraq.autoround import VSRAQQuantizer
 from vsraq.autoround.rounded_pass import select_tokens_of_run
 from vsraq.checkpoint import load_model
+from vsraq.run_inside import run_inside
 from vsraq.tokens.recorder import TokenRecorder
 
 
@@ -32,6 +33,7 @@ class Selecting(VSRAQQuantizer):
     def bind(self, orchestrator):
         super().bind(orchestrator)
         self.recorder = TokenRecorder(self.model)
+        run_inside(orchestrator, "cache_data", lambda: self.recorder)
 
     def prepare_run(self, composer=None):
         super().prepare_run(composer=composer)

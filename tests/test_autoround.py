@@ -1,6 +1,5 @@
 """The plug-in inside real AutoRound runs on tiny models."""
 
-import gc
 import shutil
 
 import pytest
@@ -207,28 +206,53 @@ def test_a_dense_model_is_refused(quantize):
 class _FailsAt(nn.Module):
     """A norm of the model that raises at its n-th call."""
 
-    def __init__(self, norm, call):
+    def __init__(self, norm, call, error):
         super().__init__()
-        self.norm, self.left = norm, call
+        self.norm, self.left, self.error = norm, call, error
 
     def forward(self, hidden_states):
         self.left -= 1
         if self.left == 0:
-            raise RuntimeError("planted")
+            raise self.error("planted")
         return self.norm(hidden_states)
 
 
-@pytest.mark.parametrize("call", range(1, 9))
-def test_no_hook_is_left_after_an_exception(quantize, call):
-    """Whichever pass of the second block fails: calibration, reference, tuning."""
+def compiles():
+    """Whether torch.compile works, which eager mode switches off."""
+    compiled = []
+
+    def backend(graph, _inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()  # it compiles one function a few times only
+    torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2))
+    return bool(compiled)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("call", [*range(1, 13), 20, 30])
+def test_no_hook_is_left_after_an_exception(quantize, call, error):
+    """Whichever pass of the second block fails: calibration, reference, tuning.
+
+    A notebook keeps the traceback, and with it every object of the failed run.
+    """
     model = tiny.tiny_model("solar_open")
     block = model.model.layers[1]
-    block.post_attention_layernorm = _FailsAt(block.post_attention_layernorm, call)
-    with pytest.raises(RuntimeError, match="planted") as error:
-        quantize(model, VSRAQConfig(iters=4, router_weight=1.0))
-    del error  # its traceback keeps AutoRound's frames, and they our handles
-    gc.collect()
+    norm = _FailsAt(block.post_attention_layernorm, call, error)
+    block.post_attention_layernorm = norm
+    config = VSRAQConfig(
+        iters=4,
+        router_weight=1.0,
+        next_router_weight=1.0,
+        realign_routers=True,
+        token_selection={"tau": 0.0},
+    )
+    with pytest.raises(error, match="planted") as kept:
+        quantize(model, config)
+    assert kept.tb is not None
     assert hook_count(model) == 0
+    assert compiles()
 
 
 def test_no_hook_is_left_after_a_run(quantize):

@@ -97,9 +97,19 @@ def test_the_loop_calls_the_seams():
 
 
 def test_the_reference_forward_is_not_guarded():
-    """AutoRound removes hooks only after success; see _CaptureHandle."""
+    """AutoRound removes hooks only after success, so none of ours is among them."""
     step = inspect.getsource(composer.AlgorithmComposer.compress_block)
     assert "finally" not in step
+
+
+def test_the_runner_and_the_calibration_of_a_run_can_be_wrapped():
+    call = inspect.getsource(BlockForwardRunner.__call__)
+    assert "return self.forward(*args, **kwargs)" in call
+    bound = inspect.getsource(composer.AlgorithmComposer)
+    assert "block_quantizer.bind_block_forward_runner(self.block_forward)" in bound
+    assert "block_forward_fn = self.block_forward" in bound
+    source = inspect.getsource(CompressionOrchestrator._quantize_data_driven)
+    assert "self.cache_data(" in source
 
 
 def test_the_run_context_has_what_we_read():

@@ -24,6 +24,7 @@ from vsraq.capture import RouterCapture
 from vsraq.checkpoint import load_model
 from vsraq.metrics import routing_shift, sampled_jsd
 from vsraq.routers import BoundRouter, find_routers
+from vsraq.run_inside import run_inside
 from vsraq.tokens import Sampling, hash_tokens
 from vsraq.tokens.recorder import TokenRecorder
 from vsraq.tokens.shift import output_shift
@@ -38,6 +39,7 @@ def selecting(monkeypatch):
     def recording(self, orchestrator):
         bind(self, orchestrator)
         self.recorder = TokenRecorder(self.model)
+        run_inside(orchestrator, "cache_data", lambda: self.recorder)
 
     def selecting(self, composer=None):
         prepare_run(self, composer=composer)
@@ -378,4 +380,3 @@ def test_a_recorder_that_saw_nothing():
     recorder = TokenRecorder(tiny.tiny_model("llama"))
     with pytest.raises(RuntimeError, match="seen no calibration sample"):
         recorder.take()
-    recorder.close()

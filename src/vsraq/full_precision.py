@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a block's routers do in full precision, taken from AutoRound's own forward."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -25,28 +25,6 @@ def eager() -> AbstractContextManager[None]:
 def ranking_of(rank_by: RankBy, router: BoundRouter, logits: Tensor) -> Tensor | None:
     """What ranks the experts of a router, (T, E); None is their logits."""
     return None if rank_by == "logits" else router.ranking(logits)
-
-
-class _CaptureHandle:
-    """Ends the full-precision capture when AutoRound is done with its forward pass.
-
-    AutoRound calls `remove` after a forward pass that succeeds. When it fails, the
-    unwinding stack drops the list that holds this handle, and with it the hooks.
-
-    Until then compiled code runs in eager mode: it would keep calling the hooks of the
-    block that it was compiled for. One forward pass of many, so it costs little.
-    """
-
-    def __init__(self, close: Callable[[], None]) -> None:
-        self._stack = ExitStack()
-        self._stack.enter_context(eager())
-        self._stack.callback(close)
-
-    def remove(self) -> None:
-        self._stack.close()
-
-    def __del__(self) -> None:
-        self.remove()
 
 
 @dataclass(frozen=True)
@@ -84,6 +62,9 @@ class FullPrecisionCapture:
         alignment: The parts that are on: they decide what is kept.
         objective: Of the own routers' loss.
         cache_device: Where it is kept.
+
+    Attributes:
+        is_awaiting: Whether the next forward pass of the block is to be captured.
     """
 
     def __init__(
@@ -101,7 +82,8 @@ class FullPrecisionCapture:
         self._own_term = alignment.router_weight != 0
         self._compared: Compared = objective.compares if self._own_term else "logits"
         self._capture = RouterCapture(block, routers, self._keep, self._compared)
-        self._refit = self._empty_refit()
+        self._refit: dict[str, RefitLogits] = {}
+        self.is_awaiting = True
 
     def _empty_refit(self) -> dict[str, RefitLogits]:
         if not self._alignment.realign_routers:
@@ -109,20 +91,21 @@ class FullPrecisionCapture:
         routers = self._capture.routers
         return {router.name: RefitLogits(self._cache_device) for router in routers}
 
-    def open(self) -> _CaptureHandle:
-        """Register the hooks.
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Capture the forward pass that runs inside.
 
-        Returns:
-            A handle for AutoRound, which removes them.
+        Compiled code runs in eager mode there: it would keep calling the hooks of the
+        block that it was compiled for. One forward pass of many, so it costs little.
         """
-        self._capture.open()
-        return _CaptureHandle(self._capture.close)
+        self.is_awaiting = False
+        self._refit = self._empty_refit()
+        with eager(), closing(self._capture.open()):
+            yield
 
-    def close(self) -> None:
-        """Remove the hooks and forget what was kept."""
-        self._capture.close()
-        self._capture.clear()
-        self._refit = {}
+    def remove(self) -> None:
+        """Await no forward pass any more; AutoRound calls it as that of a hook."""
+        self.is_awaiting = False
 
     def _keep(self, router: BoundRouter, values: Tensor) -> _Call:
         logits = values if self._compared == "logits" else router.logits(values)
@@ -160,7 +143,7 @@ class FullPrecisionCapture:
                 other tokens than the block.
         """
         try:
-            kept = self._capture.take()
+            captured = self._capture.take()
         except RuntimeError as error:
             if not self._alignment.reads_full_precision:
                 return FpRouters({}, {}, {})  # tokens are not counted then
@@ -168,15 +151,14 @@ class FullPrecisionCapture:
                 raise RuntimeError(
                     f"block {name}: no full-precision router logits were captured, and "
                     "its inputs are the quantized stream, so they cannot be derived; "
-                    "let AutoRound run the reference forward (reference_output=None) "
-                    f"if the caller skips it; else: {error}"
+                    "allowed are callers that let AutoRound run the reference forward "
+                    f"(reference_output=None); else: {error}"
                 ) from error
-            self._refit = self._empty_refit()
-            with self._capture, torch.no_grad(), eager():
+            with self.running(), torch.no_grad():
                 forward()
-                kept = self._capture.take()
+            captured = self._capture.take()
         targets, logits, selected = {}, {}, {}
-        for router, calls in kept.items():
+        for router, calls in captured.items():
             own = [call.target for call in calls if call.target is not None]
             if own:
                 targets[router] = split_samples(name, router, own, tensors.tokens)

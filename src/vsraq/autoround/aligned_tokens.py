@@ -3,6 +3,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,6 @@ logger = logging.getLogger("autoround.vsraq")
 class AlignedTokens:
     """The selected tokens of a run: those of a mask that is given, or computed.
 
-    To be made before AutoRound calibrates, because it watches the token ids.
-
     Args:
         config: The run's configuration, with token selection on.
         model: The model that calibration runs.
@@ -53,19 +52,21 @@ class AlignedTokens:
         if hasattr(model, "get_input_embeddings"):  # single blocks have none
             self._recorder = TokenRecorder(model)
 
+    def calibrating(self) -> AbstractContextManager[object]:
+        """A context for AutoRound's calibration, in which the token ids are kept."""
+        # AutoRound calibrates once more for layers outside of the blocks
+        if self._recorder is None or self._token_ids is not None:
+            return nullcontext()
+        return self._recorder
+
     def end_calibration(self) -> None:
-        """Take the token ids; the model is not watched any more.
+        """Take the token ids of the calibration.
 
         Raises:
             RuntimeError: Calibration has run no sample.
         """
         if self._recorder is not None:
             self._token_ids = self._recorder.take()
-
-    def close(self) -> None:
-        """Stop watching the model; safe to call twice."""
-        if self._recorder is not None:
-            self._recorder.close()
 
     def select(
         self, orchestrator: Any, composer: "AlgorithmComposer | None"

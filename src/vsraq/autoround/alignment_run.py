@@ -40,6 +40,7 @@ from vsraq.resume.guard import ResumableRun
 from vsraq.resume.output_folder import set_leftovers_aside
 from vsraq.routers import Router, declared_router_classes, find_routers
 from vsraq.run_coverage import RunCoverage
+from vsraq.run_inside import run_inside
 from vsraq.tokens import TokenMask
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class AlignmentRun:
             self.routers = self.routers_of(self.model)
         if self.alignment.token_selection:
             self._tokens = AlignedTokens(config, self.model)
+            run_inside(orchestrator, "cache_data", self._tokens.calibrating)
 
     @property
     def model(self) -> nn.Module:
@@ -343,8 +345,6 @@ class AlignmentRun:
 
     def finish(self) -> None:
         """Report and record what was done; safe to call twice."""
-        if self._tokens is not None:
-            self._tokens.close()
         if self.refitted:
             record_realignment(self.model, self.refitted)
         self.coverage.report(len(self.routers), self._export_dir())

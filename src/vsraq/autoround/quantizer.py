@@ -2,15 +2,16 @@
 """Where AutoRound calls us: its tuning algorithm with router terms in its block loss.
 
 Seams of AutoRound 0.16 used here, each pinned by a contract test: `bind`,
-`prepare_run`, `register_fp_input_forward_hooks`, `quantize_block`, `wrapper_block`,
-`_get_loss`, `_get_non_zero_cnt`, `_step`, `finalize_run`. What has no seam is wrapped
-on the one object of the run: `wrapper_block` while a block is tuned, and what saves
-the export.
+`bind_block_forward_runner`, `prepare_run`, `register_fp_input_forward_hooks`,
+`quantize_block`, `_get_loss`, `_get_non_zero_cnt`, `_step`, `finalize_run`. Where it
+has none, a method of one object of the run is wrapped: its block runner's forward pass,
+calibration (`cache_data`), `wrapper_block` while a block is tuned, and what saves the
+export. No class or module of AutoRound is changed.
 """
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,7 @@ from vsraq.full_precision import FpRouters, FullPrecisionCapture
 from vsraq.processes import with_common_value
 from vsraq.resume.disk_errors import explain_disk_errors
 from vsraq.router_terms import BlockTensors
+from vsraq.run_inside import run_inside
 from vsraq.tokens import TokenMask
 from vsraq.tokens.counted import CountedTokens
 
@@ -113,7 +115,7 @@ class VSRAQQuantizer(SeveralProcesses):
 
     def finalize_run(self) -> None:
         """Drop what a run left behind; safe to call twice."""
-        self._drop_fp_capture()
+        self._fp_capture = None
         self.tuning = None
         if self.run is not None:
             self.run.finish()
@@ -121,28 +123,37 @@ class VSRAQQuantizer(SeveralProcesses):
 
     # ── Full-precision side ──────────────────────────────────────────────────
 
+    def bind_block_forward_runner(self, block_forward_runner: Any) -> None:
+        """Let AutoRound's next reference forward run inside a capture."""
+        super().bind_block_forward_runner(block_forward_runner)
+        run_inside(block_forward_runner, "forward", self._reference_forward)
+
+    def _reference_forward(self) -> AbstractContextManager[None]:
+        capture = self._fp_capture
+        if capture is None or not capture.is_awaiting:
+            return nullcontext()
+        return capture.running()
+
     def register_fp_input_forward_hooks(self, block: nn.Module) -> list[Any]:
-        """Capture the full-precision ranks during AutoRound's reference forward."""
+        """Await AutoRound's reference forward, in which full precision is captured.
+
+        No hook is registered here: AutoRound removes hooks only when the forward pass
+        that they are for succeeds.
+        """
         handles = super().register_fp_input_forward_hooks(block)
-        self._drop_fp_capture()
         run = self._own_run
         routers = run.routers_of(block)
+        self._fp_capture = None
         if routers:
-            cache_device = self.compress_context.cache_device
             self._fp_capture = FullPrecisionCapture(
                 block,
                 routers,
                 run.alignment,
                 run.alignment.own_objective,
-                cache_device,
+                self.compress_context.cache_device,
             )
-            handles.append(self._fp_capture.open())
+            handles.append(self._fp_capture)
         return handles
-
-    def _drop_fp_capture(self) -> None:
-        if self._fp_capture is not None:
-            self._fp_capture.close()
-            self._fp_capture = None
 
     def _take_fp_routers(self, block: AlignedBlock, *, derivable: bool) -> FpRouters:
         """What the block's routers do in full precision."""

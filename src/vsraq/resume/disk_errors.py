@@ -6,13 +6,14 @@ a RuntimeError, all without the file; and AutoRound only warns of some.
 """
 
 import errno
-import functools
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from vsraq.run_inside import run_inside
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NOT_ALLOWED = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -98,15 +99,7 @@ def disk_errors(folder: str) -> Iterator[None]:
 
 def explain_disk_errors(orchestrator: Any) -> None:
     """Do so for this run of AutoRound, which has no seam for it."""
-    for name in ("quantize", "save_quantized"):
-        method: Callable[..., Any] = getattr(orchestrator, name)
-        setattr(orchestrator, name, _explained(orchestrator, method))
-
-
-def _explained(orchestrator: Any, method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with disk_errors(str(orchestrator.output_dir)):
-            return method(*args, **kwargs)
-
-    return call
+    for method in ("quantize", "save_quantized"):
+        run_inside(
+            orchestrator, method, lambda: disk_errors(str(orchestrator.output_dir))
+        )
