@@ -1,4 +1,4 @@
-"""Every code block of the README and the example scripts run, on the embedded model."""
+"""Every code block of the README and of the options runs, and every example script."""
 
 import os
 import re
@@ -16,7 +16,8 @@ from vsraq.cli import _parser, main
 from vsraq.demo import model_path
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+OPTIONS = (ROOT / "docs" / "options.md").read_text()
+README = (ROOT / "README.md").read_text() + OPTIONS
 
 
 def blocks(language):
@@ -62,7 +63,8 @@ def test_every_shell_line_is_a_command_of_this_project(
             assert set(arguments) <= set(targets)
         elif program == "vsraq":
             command = _parser().parse_args(arguments).command
-            if command == "verify":  # of the export of a model that is not here
+            # of the export of a model that is not here; has a test of its own
+            if command in ("verify", "demo"):
                 continue
             assert command == "quantize"
             smaller = [
@@ -81,10 +83,29 @@ def test_every_shell_line_is_a_command_of_this_project(
             assert line == "pip install ."
 
 
-def test_the_tables_of_the_readme_are_those_of_the_code():
-    table = README.split("## Objectives")[1].split("\n\n")[1]
+def test_the_table_of_objectives_is_that_of_the_code():
+    table = OPTIONS.split("## Objectives")[1].split("\n\n")[1]
     names = re.findall(r"^\| `(\w+)` \|", table, re.M)
     assert names == list(vsraq.OBJECTIVES)
+
+
+def test_every_link_leads_somewhere():
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")):
+        for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+            path, _, heading = link.partition("#")
+            target = (page.parent / path) if path else page
+            assert target.exists(), f"{page.name}: {link}"
+            titles = (
+                re.findall(r"^#+ (.*)", target.read_text(), re.M) if heading else []
+            )
+            anchors = [
+                re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles
+            ]
+            assert not heading or heading in anchors, f"{page.name}: {link}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().split()) <= 900
 
 
 def test_the_public_names():
