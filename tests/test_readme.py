@@ -12,8 +12,11 @@ import pytest
 
 import tiny
 import vsraq
+from vsraq import options
 from vsraq.cli import _parser, main
 from vsraq.demo import model_path
+from vsraq.recipe import parse_recipe
+from vsraq.yaml_text import parse_yaml
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = (ROOT / "docs" / "options.md").read_text()
@@ -87,6 +90,27 @@ def test_the_table_of_objectives_is_that_of_the_code():
     table = OPTIONS.split("## Objectives")[1].split("\n\n")[1]
     names = re.findall(r"^\| `(\w+)` \|", table, re.M)
     assert names == list(vsraq.OBJECTIVES)
+
+
+def test_every_option_and_hyperparameter_is_described():
+    rows = re.findall(r"^\| \[`(\w+)`\]\(#(\w+)\)", OPTIONS, re.M)
+    assert sorted(name for name, _ in rows) == sorted(options.OPTIONS)
+    table = OPTIONS.split("### Hyper-parameters")[1].split("###")[0]
+    cells = [row.split(" | ") for row in re.findall(r"^\| `.+", table, re.M)]
+    described = {
+        (objective, name.strip("|` "))
+        for name, _default, _allowed, objectives, _meaning in cells
+        for objective in re.findall(r"`(\w+)`", objectives)
+    }
+    known = vsraq.OBJECTIVES.values()
+    assert described == {(o.name, name) for o in known for name in o.hyperparameters}
+
+
+def test_every_recipe_is_one():
+    recipes = [parse_yaml(block) for block in blocks("yaml")]
+    assert recipes
+    for recipe in recipes:
+        assert parse_recipe(recipe).algorithm_config()
 
 
 def test_every_link_leads_somewhere():
