@@ -537,6 +537,18 @@ def format_summary(
     return "\n".join(lines)
 
 
+def run_everywhere(
+    table: dict[tuple[str, str, str], Row], schemes: Sequence[str]
+) -> dict[tuple[str, str, str], Row]:
+    """The rows of the methods that were run in every cell of these schemes."""
+    cells = {(m, s) for m, s, _ in table if s in schemes}
+    return {
+        (model, scheme, method): row
+        for (model, scheme, method), row in table.items()
+        if all((*cell, method) in table for cell in cells)
+    }
+
+
 def format_selected(results: Iterable[dict[str, Any]]) -> str:
     """Which share of the calibration tokens SRA's cells aligned their routers on."""
     shares: dict[tuple[str, str, str], list[float]] = defaultdict(list)
@@ -562,7 +574,9 @@ def document_parts(results: Sequence[dict[str, Any]]) -> dict[str, str]:
     few = rows(results, "heldout", 50, 32)
     many = rows(results, "heldout", 50, 128)
     other_text = rows(results, "wikitext", 50, 32)
+    everywhere = run_everywhere(few, SUMMARY_SCHEMES)
     return {
+        "headline": format_summary(everywhere, SUMMARY_SCHEMES),
         "summary": format_summary(few, SUMMARY_SCHEMES),
         "summary, 128 windows": format_summary(many, SUMMARY_SCHEMES),
         "summary, WikiText-2": format_summary(other_text, SUMMARY_SCHEMES),

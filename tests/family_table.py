@@ -1,6 +1,6 @@
 """What works for each MoE family of transformers, found by running it.
 
-    python tests/family_table.py      # all of them; writes docs/families.md
+    python tests/family_table.py      # all of them; writes src/vsraq/families.md
 
 A row is what one real AutoRound run (W4A16, 2 iterations) of a tiny random model of
 the family has shown; tests compare the rows with the file.
@@ -27,10 +27,7 @@ from vsraq.capture import RouterCapture
 from vsraq.checkpoint import CheckpointError, verify
 from vsraq.routers import expert_containers, find_routers
 
-TABLES = [
-    Path(__file__).parents[1] / "docs" / "families.md",
-    Path(__file__).parents[1] / "src" / "vsraq" / "families.md",
-]
+TABLE = Path(__file__).parents[1] / "src" / "vsraq" / "families.md"
 HEADER = """\
 # MoE families
 
@@ -308,7 +305,7 @@ def cells(row):
     return [str(cell).replace("|", "\\|") for cell in astuple(row)]
 
 
-def read(path=TABLES[0]):
+def read(path=TABLE):
     """The rows of the table, by model type."""
     rows = {}
     for line in path.read_text().splitlines():
@@ -330,8 +327,7 @@ def main():
         rows.append(examine(name))
         print(" | ".join(cells(rows[-1])), flush=True)
     if not sys.argv[1:]:
-        for path in TABLES:
-            path.write_text(render(rows))
+        TABLE.write_text(render(rows))
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def test_the_config_has_what_we_check():
 def test_zero_iterations_at_autoround_replace_our_config():
     """AutoRound(..., iters=0) drops any SignRound config before a plug-in sees it.
 
-    Nothing of ours runs then, so nothing of ours can refuse it; the README says so.
+    Nothing of ours runs then, so nothing of ours can refuse it; docs/limits.md says so.
     """
     (config,) = _normalize_alg_configs(VSRAQConfig(), {"iters": 0})
     assert not isinstance(config, SignRoundConfig)

@@ -129,6 +129,13 @@ def test_the_share_of_the_gap_is_taken_within_a_seed():
     }
     plain = table["solar_open", "W4A16", "AutoRound"]
     assert plain.jaccard_closed == [0.0, 0.0]
+    everywhere = routing.run_everywhere(table, ["W4A16"])
+    assert everywhere == table
+    partial = result("AutoRound", 0, 0.8, 0.1, 10) | {"scheme": "W3A16"}
+    table = routing.rows([*results, partial], "heldout", 50, 32)
+    schemes = ["W4A16", "W3A16"]
+    methods = {m for _, _, m in routing.run_everywhere(table, schemes)}
+    assert methods == {"AutoRound"}  # VSRAQ is not in every cell
     summary = routing.format_summary(table, ["W4A16"])
     assert "| VSRAQ | 37.5 | 7.5 | 37.5 | 7.5 | 0 | 1.15 | 1 |" in summary
 

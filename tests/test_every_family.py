@@ -1,8 +1,8 @@
-"""Every MoE family of transformers: what docs/families.md says of it is still so."""
+"""Every MoE family of transformers: what `vsraq families` says of it is still so."""
 
 import families
 import family_table
-from family_table import TABLES, WORKS, every_type, examine, read
+from family_table import TABLE, WORKS, every_type, examine, read
 
 # one or two of each kind of layout: run with every `pytest`, the others with
 # --full
@@ -45,20 +45,16 @@ def test_every_family_has_a_row():
         reasons = (WORKS, "AutoRound fails: ", "refused: router ")
         assert row.status.startswith(reasons)
     headline = f"{len(working)} of {len(rows)} work."
-    assert headline in TABLES[0].read_text()
-
-
-def test_the_package_holds_the_same_table():
-    assert len({path.read_text() for path in TABLES}) == 1
+    assert headline in TABLE.read_text()
 
 
 def test_the_table_is_written_as_it_is_read():
     rows = list(read().values())
-    assert family_table.render(rows) == TABLES[0].read_text()
+    assert family_table.render(rows) == TABLE.read_text()
 
 
 def test_the_command_prints_it(capsys):
     from vsraq.cli import main
 
     assert main(["families"]) == 0
-    assert capsys.readouterr().out == TABLES[0].read_text()
+    assert capsys.readouterr().out == TABLE.read_text()
