@@ -140,7 +140,7 @@ def test_nblocks_of_a_config_is_not_read():
 
 
 def test_layers_are_wrapped_before_the_loop_builds_a_graph():
-    """Automatic weights are balanced in between; see VSRAQQuantizer._tuned_with."""
+    """Automatic weights are balanced in between; see `after_wrapping`."""
     loop = inspect.getsource(SignRoundQuantizer.quantize_block)
     masks, wrapping = "self._cached_valid_token_mask = ", "self.wrapper_block("
     assert loop.index(masks) < loop.index(wrapping) < loop.index("self.optimizer(")

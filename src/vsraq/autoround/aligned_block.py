@@ -4,6 +4,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from auto_round.algorithms.block_runner import BlockForwardRunner
@@ -14,7 +15,7 @@ from vsraq.autoround.next_router import load_next_router, next_term
 from vsraq.autoround.refit import refit_in_block
 from vsraq.autoround.routing_pass import selected_experts
 from vsraq.capture import RouterCapture
-from vsraq.full_precision import FpRouters
+from vsraq.full_precision import FpRouters, FullPrecisionCapture
 from vsraq.router_terms import BlockTensors, RouterTerm, own_term
 from vsraq.routers import Router, count_experts
 from vsraq.tokens.counted import CountedTokens
@@ -68,6 +69,32 @@ class AlignedBlock:
                 f"{expected} in it; allowed is a router_pattern that finds the same in "
                 "both, from the name's end on"
             )
+
+    def fp_routers(
+        self, capture: FullPrecisionCapture | None, *, derivable: bool
+    ) -> FpRouters:
+        """What the block's routers do in full precision.
+
+        Args:
+            capture: Of AutoRound's reference forward.
+            derivable: Whether the block's inputs are those of full precision.
+
+        Raises:
+            RuntimeError: It is not known.
+        """
+        if not self.routers:
+            return FpRouters({}, {}, {})
+        if capture is None:
+            raise RuntimeError(
+                f"block {self.name}: its full-precision forward was not announced; "
+                "allowed are runs through AutoRound 0.16's compress_block"
+            )
+        # The caller may have passed reference_output and so skipped that forward.
+        tensors = self.tensors
+        forward = partial(
+            self.runner.forward, self.module, tensors.inputs, tensors.others
+        )
+        return capture.take(self.name, tensors, forward if derivable else None)
 
     def count_tokens(self, fp_routers: FpRouters, *, quantized_stream: bool) -> None:
         """Count the tokens that the block's experts are about to be tuned on.

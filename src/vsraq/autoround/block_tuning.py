@@ -9,14 +9,13 @@ from functools import partial
 from typing import TypeAlias
 
 import torch
-from auto_round.algorithms.block_runner import BlockForwardRunner
 from torch import Tensor, nn
 
+from vsraq.autoround.aligned_block import AlignedBlock
 from vsraq.autoround.balance import balance_terms
 from vsraq.full_precision import eager
 from vsraq.processes import mean_over_processes, with_common_value
-from vsraq.router_terms import BlockTensors, RouterTerm
-from vsraq.tokens.counted import CountedTokens
+from vsraq.router_terms import RouterTerm
 
 logger = logging.getLogger("autoround.vsraq")
 
@@ -53,11 +52,8 @@ class BlockTuning:
     The block's loss is reconstruction + sum of weight * term (VSRAQ Eq. 3).
 
     Args:
-        name: Its name in the model.
+        block: The block.
         terms: Its router losses.
-        tensors: What AutoRound tunes it with.
-        tokens: Which tokens count.
-        runner: AutoRound's, for its batches, precision and device.
         keep_best: Whether AutoRound keeps the best iteration, not the last.
 
     Attributes:
@@ -69,22 +65,19 @@ class BlockTuning:
 
     def __init__(
         self,
-        name: str,
+        block: AlignedBlock,
         terms: Sequence[RouterTerm],
-        tensors: BlockTensors,
-        tokens: CountedTokens,
-        runner: BlockForwardRunner,
         *,
         keep_best: bool,
     ) -> None:
-        self.name = name
+        self.name = block.name
         self.terms = terms
         self.current = Losses()
         self.iteration = 0
-        self._tensors = tensors
-        self._tokens = tokens
-        self._per_sample = tokens.per_sample(tensors.tokens)
-        self._runner = runner
+        self._tensors = block.tensors
+        self._tokens = block.tokens
+        self._per_sample = block.tokens.per_sample(block.tensors.tokens)
+        self._runner = block.runner
         self._keep_best = keep_best
         self._quantized = 0
         self._first: dict[str, float] | None = None

@@ -10,12 +10,11 @@ export. No class or module of AutoRound is changed.
 """
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from auto_round.algorithms.quantization.adam_round.adam import AdamRoundQuantizer
 from auto_round.algorithms.quantization.sign_roundv2.quantizer import (
     SignRoundV2Quantizer,
@@ -23,6 +22,7 @@ from auto_round.algorithms.quantization.sign_roundv2.quantizer import (
 from auto_round.algorithms.registry import register_pipeline_member
 from torch import Tensor, nn
 
+from vsraq.autoround.after_wrapping import after_wrapping
 from vsraq.autoround.aligned_block import AlignedBlock, without_checkpointing
 from vsraq.autoround.alignment_run import AlignmentRun
 from vsraq.autoround.block_tuning import BlockTuning
@@ -49,12 +49,12 @@ class VSRAQQuantizer(SeveralProcesses):
     """SignRound with router alignment; its variants follow the config's switches.
 
     Attributes:
-        run: What the blocks of this run share; None before `bind`.
+        run: What the blocks of this run share, from `bind` on.
         tuning: The block that is being tuned, None between blocks.
     """
 
     config: VSRAQConfig
-    run: AlignmentRun | None = None
+    run: AlignmentRun
     tuning: BlockTuning | None = None
 
     def __new__(cls, config: VSRAQConfig) -> "VSRAQQuantizer":
@@ -74,16 +74,7 @@ class VSRAQQuantizer(SeveralProcesses):
     @property
     def token_mask(self) -> TokenMask | None:
         """The tokens that the routers of the run are aligned on, None for all."""
-        return None if self.run is None else self.run.token_mask
-
-    @property
-    def _own_run(self) -> AlignmentRun:
-        if self.run is None:
-            raise RuntimeError(
-                "AutoRound has not bound this algorithm to a run; allowed are runs "
-                "through AutoRound 0.16, which calls bind() first"
-            )
-        return self.run
+        return self.run.token_mask
 
     @property
     def _tokens(self) -> CountedTokens:
@@ -103,22 +94,16 @@ class VSRAQQuantizer(SeveralProcesses):
         explain_disk_errors(orchestrator)
 
     def prepare_run(self, composer: "AlgorithmComposer | None" = None) -> None:
-        """Refuse before the first block what cannot work in any.
-
-        Raises:
-            ValueError: See `AlignmentRun.prepare`.
-            NotImplementedError: See there.
-        """
-        self._own_run.end_calibration()
+        """Refuse what cannot work in any block; see `AlignmentRun.prepare`."""
+        self.run.end_calibration()
         super().prepare_run(composer=composer)
-        self._own_run.prepare(composer, self)
+        self.run.prepare(composer, self)
 
     def finalize_run(self) -> None:
         """Drop what a run left behind; safe to call twice."""
         self._fp_capture = None
         self.tuning = None
-        if self.run is not None:
-            self.run.finish()
+        self.run.finish()
         super().finalize_run()
 
     # ── Full-precision side ──────────────────────────────────────────────────
@@ -141,7 +126,7 @@ class VSRAQQuantizer(SeveralProcesses):
         that they are for succeeds.
         """
         handles = super().register_fp_input_forward_hooks(block)
-        run = self._own_run
+        run = self.run
         routers = run.routers_of(block)
         self._fp_capture = None
         if routers:
@@ -154,24 +139,6 @@ class VSRAQQuantizer(SeveralProcesses):
             )
             handles.append(self._fp_capture)
         return handles
-
-    def _take_fp_routers(self, block: AlignedBlock, *, derivable: bool) -> FpRouters:
-        """What the block's routers do in full precision."""
-        if not block.routers:
-            return FpRouters({}, {}, {})
-        capture = self._fp_capture
-        self._fp_capture = None
-        if capture is None:
-            raise RuntimeError(
-                f"block {block.name}: its full-precision forward was not announced; "
-                "allowed are runs through AutoRound 0.16's compress_block"
-            )
-        # The caller may have passed reference_output and so skipped that forward.
-        tensors = block.tensors
-        forward = partial(
-            self.block_forward.forward, block.module, tensors.inputs, tensors.others
-        )
-        return capture.take(block.name, tensors, forward if derivable else None)
 
     # ── Tuning ───────────────────────────────────────────────────────────────
 
@@ -187,20 +154,9 @@ class VSRAQQuantizer(SeveralProcesses):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Tune one block; a block without a router is plain AutoRound."""
-
-        def tune() -> dict[str, Any]:
-            return super(VSRAQQuantizer, self).quantize_block(
-                block,
-                fp_inputs,
-                input_others,
-                fp_outputs,
-                q_inputs,
-                block_ctx,
-                *args,
-                **kwargs,
-            )
-
-        run, on_q_inputs = self._own_run, self.enable_quanted_input
+        own = fp_inputs, input_others, fp_outputs, q_inputs, block_ctx
+        tune = partial(super().quantize_block, block, *own, *args, **kwargs)
+        run, on_q_inputs = self.run, self.enable_quanted_input
         run.start_block(block_ctx, lacks_inputs=q_inputs is None and on_q_inputs)
         if not run.alignment:
             best_params = tune()
@@ -209,23 +165,24 @@ class VSRAQQuantizer(SeveralProcesses):
         run.prepare_lone_block()
         quantized_stream = q_inputs is not None and on_q_inputs
         inputs = q_inputs if quantized_stream else fp_inputs
-        tensors = BlockTensors(inputs, input_others, fp_outputs)
         self._find_valid_tokens(kwargs.get("input_ids"))
-        own = AlignedBlock(
+        aligned = AlignedBlock(
             block,
             block_ctx.block_names,
             run.routers_of(block),
-            tensors,
+            BlockTensors(inputs, input_others, fp_outputs),
             self._tokens,
             run,
             self.block_forward,
         )
-        own.check_routers()
-        fp_routers = self._take_fp_routers(own, derivable=q_inputs is None)
-        own.count_tokens(fp_routers, quantized_stream=quantized_stream)
-        best_params = self._tune(tune, own, fp_routers)
-        own.refit(fp_routers)
-        run.end_block(block_ctx, [own.full_name(router) for router in own.routers])
+        aligned.check_routers()
+        capture, self._fp_capture = self._fp_capture, None
+        fp_routers = aligned.fp_routers(capture, derivable=q_inputs is None)
+        aligned.count_tokens(fp_routers, quantized_stream=quantized_stream)
+        best_params = self._tune(tune, aligned, fp_routers)
+        aligned.refit(fp_routers)
+        names = [aligned.full_name(router) for router in aligned.routers]
+        run.end_block(block_ctx, names)
         return best_params
 
     def _find_valid_tokens(self, input_ids: list[Tensor] | None) -> None:
@@ -247,29 +204,17 @@ class VSRAQQuantizer(SeveralProcesses):
             terms = [term for term in both if term is not None]
             if not terms:
                 return tune()
-            tuning = BlockTuning(
-                block.name,
-                terms,
-                block.tensors,
-                block.tokens,
-                block.runner,
-                keep_best=not self.not_use_best_mse,
-            )
+            tuning = BlockTuning(block, terms, keep_best=not self.not_use_best_mse)
+            stack.callback(setattr, self, "tuning", None)
             stack.enter_context(without_checkpointing(block.module))
-            stack.enter_context(self._tuned_with(tuning))
+            stack.enter_context(after_wrapping(self, partial(self._start, tuning)))
             best_params = tune()
         tuning.finish_iteration()  # an early stop skips the last _step
         tuning.log()
         return best_params
 
-    @contextmanager
-    def _tuned_with(self, tuning: BlockTuning) -> Iterator[None]:
-        """Tune with the terms of a block; they are probed once its layers are wrapped.
-
-        AutoRound calls `self.wrapper_block` at the start of `quantize_block`, and
-        builds no graph before it.
-        """
-        wrapper_block: Callable[..., Any] = self.wrapper_block  # type: ignore[has-type]
+    def _start(self, tuning: BlockTuning, block: nn.Module) -> None:
+        """Probe the terms of a block whose layers are wrapped, and switch them on."""
         valid_masks = self._tokens.valid_masks
 
         def reconstruction(
@@ -279,23 +224,9 @@ class VSRAQQuantizer(SeveralProcesses):
                 output, reference, samples, nn.MSELoss(), output.device, valid_masks
             )
 
-        def wrap(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            names = wrapper_block(block, *args, **kwargs)
-            tuning.probe(
-                block,
-                self.gradient_accumulate_steps,
-                reconstruction,
-                self._own_run.alignment.auto_ratio,
-            )
-            self.tuning = tuning
-            return names
-
-        self.wrapper_block = wrap
-        try:
-            yield
-        finally:
-            self.wrapper_block = wrapper_block
-            self.tuning = None
+        steps = self.gradient_accumulate_steps
+        tuning.probe(block, steps, reconstruction, self.run.alignment.auto_ratio)
+        self.tuning = tuning
 
     # ── Inside AutoRound's loop ──────────────────────────────────────────────
 
@@ -305,21 +236,12 @@ class VSRAQQuantizer(SeveralProcesses):
         ref_output: Tensor,
         indices: Any,
         loss_func: Callable[..., Tensor],
-        device: str | torch.device = "cpu",
-        valid_token_mask: list[Tensor] | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
         """AutoRound's loss of a micro-batch plus the weighted router losses."""
         reconstruction = super()._get_loss(
-            pred_output,
-            ref_output,
-            indices,
-            loss_func,
-            device,
-            valid_token_mask,
-            *args,
-            **kwargs,
+            pred_output, ref_output, indices, loss_func, *args, **kwargs
         )
         if self.tuning is None:
             return with_common_value(reconstruction)
