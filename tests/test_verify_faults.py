@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 import exports
 from vsraq.checkpoint import Checkpoint, CheckpointError, verify
+from vsraq.checkpoint.formats.format import some_outputs
 
 # its fixtures are made once per process
 pytestmark = pytest.mark.xdist_group("test_verify_faults")
@@ -34,6 +35,22 @@ def test_a_good_export_passes(name, made):
     assert against_source.full_precision_layers == expected - 1
     # norms, embedding, head, and what is left in full precision
     assert against_source.full_precision_tensors == 6 + expected
+
+
+@every_format
+def test_some_outputs_of_a_layer_are_those_of_the_whole(name, made):
+    """Large layers go through in pieces of their outputs."""
+    with Checkpoint(made[name][0]) as export:
+        for layer in (EXPERT, "model.layers.0.self_attn.k_proj"):
+            scheme = export.schemes(layer)
+            whole = export.dequantize(layer)
+            layout = scheme.format.layout(scheme, *whole.shape)
+            tensors = {suffix: export[f"{layer}.{suffix}"] for suffix in layout}
+            outputs = len(whole)
+            for start in range(0, outputs, 32):
+                some = some_outputs(tensors, layout, start, start + 32, outputs)
+                part = scheme.format.dequantize(some, scheme)
+                assert torch.equal(part, whole[start : start + 32])
 
 
 def levels_of(broken, layer):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from vsraq.checkpoint.formats import OWN_SUFFIXES
+from vsraq.checkpoint.formats import own_suffixes
 from vsraq.checkpoint.names import Part, StoredNames, pattern_of, unfused
 from vsraq.checkpoint.reader import Checkpoint
 from vsraq.checkpoint.reference import Reference
@@ -70,12 +70,11 @@ def pair(export: Checkpoint, reference: Reference) -> Pairs:
         reference: The original.
     """
     pairs = Pairs()
+    of_quantized = own_suffixes()
     for owner, suffixes in export.suffixes().items():
-        own = {
-            s for s in suffixes & OWN_SUFFIXES if f"{owner}.{s}" not in reference.shapes
-        }
-        if own:
-            pairs.layers[owner] = suffixes & (OWN_SUFFIXES | {"weight"})
+        own = suffixes & of_quantized
+        if any(f"{owner}.{suffix}" not in reference.shapes for suffix in own):
+            pairs.layers[owner] = suffixes & (of_quantized | {"weight"})
     tied = _tied(reference)
     for name, shape in reference.shapes.items():
         targets = _targets(name, shape, export, pairs.layers)

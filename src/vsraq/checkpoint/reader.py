@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vsraq.checkpoint.faults import CheckpointError
-from vsraq.checkpoint.formats import FORMATS
 from vsraq.checkpoint.schemes import Schemes
 
 _SINGLE = "model.safetensors"
@@ -232,4 +231,4 @@ class Checkpoint:
             for name in self
             if name.startswith(prefix)
         }
-        return FORMATS[scheme.layout].dequantize(own, scheme)
+        return scheme.format.dequantize(own, scheme)

@@ -18,8 +18,6 @@ from vsraq.checkpoint.reference import Reference, open_reference, own_tensors
 from vsraq.checkpoint.weights import QuantizedLayers, plain_fault
 from vsraq.routers import Router, find_routers
 
-_INTEGERS = ("int", "gptq", "awq", "packed")
-
 
 @dataclass(frozen=True)
 class Verification:
@@ -222,5 +220,5 @@ def _kind(export: Checkpoint, quantized: set[str], own_name: OwnNames) -> str:
     for layer in quantized:
         scheme = export.schemes(layer, own_name(layer))
         if scheme is not None:
-            kinds.add("int" if scheme.layout in _INTEGERS else scheme.layout)
+            kinds.add(scheme.format.kind)
     return "+".join(sorted(kinds))
