@@ -107,7 +107,7 @@ def _targets(
     export: Checkpoint,
     layers: Mapping[str, set[str]],
 ) -> list[tuple[str, Part | None]] | None:
-    """What a tensor became, or None where nothing of it is there."""
+    """What a tensor became, or None if the export has nothing of it."""
     if name in export or name.removesuffix(".weight") in layers:
         return [(name, None)]
     found = unfused(name, shape)
@@ -117,7 +117,7 @@ def _targets(
 
 
 def _tied(reference: Reference) -> dict[str, str]:
-    """Stored names that share a tensor with others, and those."""
+    """Stored name -> the other stored name of the same tensor."""
     tied = getattr(reference.module, "all_tied_weights_keys", None) or {}
     stored = StoredNames(reference.module)
     return {stored(name): stored(other) for name, other in tied.items()}
@@ -132,7 +132,7 @@ class Parts:
 
     A fused tensor of experts may be transposed, and its gate and up projections may
     lie one after the other or in turn. All tensors of a pattern lie alike: whichever
-    way the first of them fits best is taken for all.
+    way fits the first of them best is taken for all.
 
     Args:
         reference: The original.
@@ -145,7 +145,7 @@ class Parts:
         self._tensor: Tensor | None = None
 
     def whole(self, name: str) -> Tensor:
-        """A tensor of the original; the last one is kept."""
+        """A tensor of the original; the last one read stays in memory."""
         if self._tensor is None or self._name != name:
             self._tensor = None  # before the next one is read
             self._tensor, self._name = self._reference[name], name

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an export's config says of each layer: its format, bits, groups, signs.
+"""What an export's config says about each layer: its format, bits, groups, signs.
 
 There are two kinds of configs: AutoRound's own (also as `gptq` and `awq`, which differ
 in how they name exceptions), and that of compressed-tensors. Which format they mean is

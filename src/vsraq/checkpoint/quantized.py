@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare what an export stores with what the original holds, tensor by tensor."""
+"""Compare the quantized layers of an export with what the original holds."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -13,7 +13,6 @@ from vsraq.checkpoint.names import OwnNames
 from vsraq.checkpoint.pairing import Pairs, Parts, Piece
 from vsraq.checkpoint.reader import Checkpoint
 
-REAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _BATCH = 1 << 20  # weights that go through together: their numbers stay in the cache
 
 
@@ -32,7 +31,7 @@ class QuantizedLayers:
 
     Attributes:
         faults: What was found.
-        compared: Layers found equal to the tuned ones.
+        compared: Number of layers that were compared with tuned ones.
     """
 
     def __init__(
@@ -84,12 +83,14 @@ class QuantizedLayers:
             like = scheme.format.dequantize(tensors, scheme)
             part = self._parts.get(piece, like)
             if part is None:
-                self.faults.append(f"{layer}: {rows} x {inputs} is no part of it")
+                self.faults.append(
+                    f"{layer}: no part of the original is {rows} x {inputs}"
+                )
             else:
                 self._queue(layer, scheme, part, tensors)
 
     def finish(self) -> None:
-        """Check what still waits."""
+        """Check the layers that still wait in a batch."""
         for key in list(self._waiting):
             self._flush(key)
         if self._asymmetric and not self._off_middle:
@@ -207,7 +208,7 @@ class QuantizedLayers:
             self.faults.append(f"{name}: {zeros} of {values.numel()} scales are zero")
 
     def _compare(self, layer: str, exported: Tensor) -> None:
-        """With a tuned layer, bit for bit."""
+        """Compare with the tuned layer, bit for bit."""
         linear = self._tuned.get(layer)
         if linear is None:
             self.faults.append(f"{layer}: the tuned reference has no such layer")
@@ -262,64 +263,3 @@ class QuantizedLayers:
 
 def _stack(tensors: list[Tensor]) -> Tensor:
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
-
-
-def plain_fault(
-    name: str,
-    exported: Tensor,
-    expected: Tensor,
-    declared: torch.dtype | None,
-    *,
-    rounded: bool,
-    beside_quantized: bool,
-) -> str | None:
-    """What is wrong with a tensor in full precision, or None.
-
-    It must be the original's after the cast to its own dtype, and that dtype the
-    original's, the one that the config declares, float32, or, beside a quantized
-    weight, that of its bias.
-
-    Args:
-        name: The export's name of it.
-        exported: The export's tensor.
-        expected: The original's.
-        declared: The dtype of the export's config.
-        rounded: Whether the original's follows from FP8 numbers and their scales.
-        beside_quantized: Whether it belongs to a quantized layer.
-    """
-    if exported.shape != expected.shape:
-        return (
-            f"{name}: shape {tuple(exported.shape)}, the original's is "
-            f"{tuple(expected.shape)}"
-        )
-    if expected.dtype not in REAL:
-        same = exported.dtype == expected.dtype and torch.equal(exported, expected)
-        return None if same else f"{name}: differs from the original's"
-    allowed = {expected.dtype, declared, torch.float32}
-    if beside_quantized:
-        allowed.add(torch.float16)
-    if exported.dtype not in REAL or exported.dtype not in allowed:
-        return (
-            f"{name}: {exported.dtype}, the original's is {expected.dtype} and the "
-            f"config declares {declared}"
-        )
-    if same_numbers(exported, expected):
-        return None
-    difference = (exported.float() - expected.float()).abs()
-    if rounded and bool((difference <= 2**-7 * expected.float().abs()).all()):
-        return None
-    if not exported.isfinite().all():
-        return f"{name}: not finite, other than the original's"
-    return f"{name}: differs from the original's by up to {float(difference.max()):.3g}"
-
-
-def same_numbers(exported: Tensor, expected: Tensor) -> bool:
-    """Whether a tensor is another one in its own dtype; NaN is the same as NaN."""
-    cast = expected.to(exported.dtype)
-    if torch.equal(exported, cast):
-        return True
-    if not bool(expected.isnan().any()):
-        return False
-    return torch.equal(exported.nan_to_num(), cast.nan_to_num()) and torch.equal(
-        exported.isnan(), cast.isnan()
-    )
