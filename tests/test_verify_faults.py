@@ -155,6 +155,25 @@ def test_a_planted_fault_is_named(name, fault, made, tmp_path):
     assert any(expected in found for found in faults_of(broken, source))
 
 
+@pytest.mark.parametrize("name", ["FP8-llm_compressor", "INT8-llm_compressor"])
+def test_scales_per_output_may_be_flat_in_some_layers(name, made, tmp_path):
+    folder, tuned, source = made[name]
+    broken = exports.Broken(folder, tmp_path / "flat")
+    scale = f"{EXPERT}.weight_scale"
+    broken.tensors[scale] = broken.tensors[scale].flatten()
+    flat = broken.save()
+    assert verify(flat, source).quantized_layers == 62
+    assert verify(flat, tuned).compared_weights == 62
+
+
+def test_a_weight_shape_that_is_a_number(made, tmp_path):
+    folder, _, source = made["W4-llm_compressor"]
+    broken = exports.Broken(folder, tmp_path / "broken")
+    broken.tensors[f"{EXPERT}.weight_shape"] = torch.tensor(64)
+    (fault,) = faults_of(broken, source)
+    assert fault.startswith(f"{EXPERT}.weight_shape: shape ()")
+
+
 # exponents know no tenth, and 2 bits shrink weights by about as much
 @pytest.mark.parametrize(
     "name", [n for n in exports.NAMES if n[:2] not in ("W2", "MX")]

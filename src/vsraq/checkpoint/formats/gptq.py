@@ -106,8 +106,6 @@ class AWQ(GPTQ):
     """Integers as AutoAWQ packs them, along the outputs, in an order of its own."""
 
     exports = ("auto_round:auto_awq", "auto_awq")
-    suffixes = frozenset({"qweight", "qzeros", "scales"})
-    optional = frozenset()
     packing = "awq"
 
     def layout(
