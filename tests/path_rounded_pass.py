@@ -16,7 +16,7 @@ from auto_round import AutoRound
 import tiny
 from vsraq import VSRAQConfig
 from vsraq.autoround import VSRAQQuantizer
-from vsraq.autoround.rounded_pass import select_tokens_of_run
+from vsraq.autoround.token_selection import select_tokens_of_run
 from vsraq.checkpoint import load_model
 from vsraq.run_inside import run_inside
 from vsraq.tokens.recorder import TokenRecorder

@@ -19,7 +19,7 @@ from test_autoround import same, weights
 from test_capture import hook_count
 from vsraq import VSRAQConfig
 from vsraq.autoround import VSRAQQuantizer, rounded_pass
-from vsraq.autoround.rounded_pass import select_tokens_of_run
+from vsraq.autoround.token_selection import select_tokens_of_run
 from vsraq.capture import RouterCapture
 from vsraq.checkpoint import load_model
 from vsraq.metrics import routing_shift, sampled_jsd
@@ -116,7 +116,7 @@ def changes(monkeypatch):
         seen.append(torch.stack(values))
         return values
 
-    monkeypatch.setattr("vsraq.autoround.rounded_pass.output_shift", spy)
+    monkeypatch.setattr("vsraq.autoround.token_selection.output_shift", spy)
     return seen
 
 
@@ -281,7 +281,7 @@ def test_nothing_is_left_when_it_fails(quantize, selecting, monkeypatch):
     def failing(*_args, **_kwargs):
         raise RuntimeError("planted")
 
-    monkeypatch.setattr("vsraq.autoround.rounded_pass.output_shift", failing)
+    monkeypatch.setattr("vsraq.autoround.token_selection.output_shift", failing)
     model = tiny.tiny_model("solar_open")
     with pytest.raises(RuntimeError, match="planted"):
         quantize(model, plain())
@@ -327,8 +327,8 @@ def test_a_streamed_model_is_not_loaded(quantize, selecting, tmp_path, monkeypat
         seen.append(name)
         return loaded
 
-    load = rounded_pass._Run.load
-    monkeypatch.setattr(rounded_pass._Run, "load", spy)
+    load = rounded_pass.RoundedPass.load
+    monkeypatch.setattr(rounded_pass.RoundedPass, "load", spy)
     quantize(str(tiny.save("solar_open", tmp_path / "model")), plain())
     assert seen == ["model.layers.0", "model.layers.1"]
 

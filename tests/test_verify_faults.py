@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 import exports
 from vsraq.checkpoint import Checkpoint, CheckpointError, verify
+from vsraq.checkpoint.formats.format import some_outputs
 
 # its fixtures are made once per process
 pytestmark = pytest.mark.xdist_group("test_verify_faults")
@@ -34,6 +35,22 @@ def test_a_good_export_passes(name, made):
     assert against_source.full_precision_layers == expected - 1
     # norms, embedding, head, and what is left in full precision
     assert against_source.full_precision_tensors == 6 + expected
+
+
+@every_format
+def test_some_outputs_of_a_layer_are_those_of_the_whole(name, made):
+    """Large layers go through in pieces of their outputs."""
+    with Checkpoint(made[name][0]) as export:
+        for layer in (EXPERT, "model.layers.0.self_attn.k_proj"):
+            scheme = export.schemes(layer)
+            whole = export.dequantize(layer)
+            layout = scheme.format.layout(scheme, *whole.shape)
+            tensors = {suffix: export[f"{layer}.{suffix}"] for suffix in layout}
+            outputs = len(whole)
+            for start in range(0, outputs, 32):
+                some = some_outputs(tensors, layout, start, start + 32, outputs)
+                part = scheme.format.dequantize(some, scheme)
+                assert torch.equal(part, whole[start : start + 32])
 
 
 def levels_of(broken, layer):
@@ -136,6 +153,25 @@ def test_a_planted_fault_is_named(name, fault, made, tmp_path):
     plant, expected = FAULTS[fault]
     plant(broken)
     assert any(expected in found for found in faults_of(broken, source))
+
+
+@pytest.mark.parametrize("name", ["FP8-llm_compressor", "INT8-llm_compressor"])
+def test_scales_per_output_may_be_flat_in_some_layers(name, made, tmp_path):
+    folder, tuned, source = made[name]
+    broken = exports.Broken(folder, tmp_path / "flat")
+    scale = f"{EXPERT}.weight_scale"
+    broken.tensors[scale] = broken.tensors[scale].flatten()
+    flat = broken.save()
+    assert verify(flat, source).quantized_layers == 62
+    assert verify(flat, tuned).compared_weights == 62
+
+
+def test_a_weight_shape_that_is_a_number(made, tmp_path):
+    folder, _, source = made["W4-llm_compressor"]
+    broken = exports.Broken(folder, tmp_path / "broken")
+    broken.tensors[f"{EXPERT}.weight_shape"] = torch.tensor(64)
+    (fault,) = faults_of(broken, source)
+    assert fault.startswith(f"{EXPERT}.weight_shape: shape ()")
 
 
 # exponents know no tenth, and 2 bits shrink weights by about as much

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from vsraq import __version__
 
@@ -37,7 +38,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
+    with_debug = [parser, *_add_commands(commands)]
+    for command in with_debug:
+        command.add_argument(
+            "--debug",
+            action="store_true",
+            default=False if command is parser else argparse.SUPPRESS,
+            help="show the traceback of an error",
+        )
+    return parser
 
+
+def _add_commands(commands: Any) -> list[argparse.ArgumentParser]:
+    """Add every command to what `add_subparsers` returned."""
     demo = commands.add_parser(
         "demo", help="quantize the embedded MoE with and without router alignment"
     )
@@ -79,14 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         help="run the code that comes with the reference",
     )
     families = commands.add_parser("families", help="what works for each MoE family")
-    for command in (parser, demo, quantize, select, verify, families):
-        command.add_argument(
-            "--debug",
-            action="store_true",
-            default=False if command is parser else argparse.SUPPRESS,
-            help="show the traceback of an error",
-        )
-    return parser
+    return [demo, quantize, select, verify, families]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

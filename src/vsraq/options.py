@@ -78,7 +78,7 @@ _OBJECTIVE = _allowed(_is_objective, "an objective")
 
 
 @dataclass(frozen=True)
-class Refit:
+class RefitSettings:
     """The settings of `realign_routers`.
 
     Attributes:
@@ -103,7 +103,7 @@ class Threshold:
     shift_threshold: float | None = field(default=None, metadata=_SHIFT)
 
 
-def _switch(name: str, settings: type[Refit] | type[Threshold]) -> _Metadata:
+def _switch(name: str, settings: type[RefitSettings] | type[Threshold]) -> _Metadata:
     """A switch, or a mapping of its settings, which turns it on."""
     known = ", ".join(setting.name for setting in fields(settings))
 
@@ -154,7 +154,7 @@ class Alignment:
     router_weight: Weight = field(default=0.0, metadata=_WEIGHT)
     next_router_weight: Weight = field(default=0.0, metadata=_WEIGHT)
     realign_routers: bool | Mapping[str, Any] = field(
-        default=False, metadata=_switch("realign_routers", Refit)
+        default=False, metadata=_switch("realign_routers", RefitSettings)
     )
     objective: ObjectiveLike = field(default="top3k_mse", metadata=_OBJECTIVE)
     next_router_objective: ObjectiveLike | None = field(
@@ -186,10 +186,10 @@ class Alignment:
         return self.router_weight != 0 or self.refit is not None
 
     @property
-    def refit(self) -> Refit | None:
+    def refit(self) -> RefitSettings | None:
         """How routers are re-fitted; None: not at all."""
         given = self.realign_routers
-        return Refit(**_settings(given)) if given else None
+        return RefitSettings(**_settings(given)) if given else None
 
     @property
     def threshold(self) -> Threshold | None:

@@ -17,8 +17,9 @@ Shapes: T tokens, E experts, K top-k, H hidden width.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -211,12 +212,7 @@ def refit_router(
         RuntimeError: The system cannot be solved.
     """
     weight, rule = router.weight, router.description.rule
-
-    def weights_of(target: Tensor) -> Tensor | None:
-        if weighting == "uniform":
-            return None  # no need of the scores
-        return error_weights(router.scores(target), router.top_k, weighting)
-
+    weigh = partial(_weights_of, router, weighting)
     sums = RidgeSums(
         weight.shape[1],
         router.num_experts,
@@ -225,20 +221,12 @@ def refit_router(
     )
     heldout: list[tuple[Tensor, Tensor]] = []
     count = 0
-    for inputs, target, mask in samples:
-        inputs, target = inputs.to(weight.device), target.to(weight.device).float()
-        if mask is not None:
-            valid = mask.to(weight.device).bool()
-            inputs, target = inputs[valid], target[valid]
-        if len(inputs) == 0:
-            continue
-        count += 1
+    for count, (inputs, target) in enumerate(_counted(weight.device, samples), 1):
         if count % _HELDOUT_EVERY == 2:  # the second, the tenth, ...
             # copies: a sample may be a view that keeps its whole batch alive
             heldout.append((inputs.to("cpu", copy=True), target.to("cpu", copy=True)))
         else:
-            residual = target - router.logits(inputs)
-            sums.update(inputs, residual, weights_of(target))
+            sums.update(inputs, target - router.logits(inputs), weigh(target))
     sums.sum_over_processes()
     counts = torch.tensor([count - len(heldout), len(heldout)])
     if not sum_over_processes(counts).all():
@@ -247,37 +235,15 @@ def refit_router(
             "allowed are 2 or more, one of which decides whether the new weight is "
             "kept; calibrate on more samples, or pass realign_routers=False"
         )
-
-    def judge() -> _Heldout:
-        result = _Heldout()
-        for inputs, target in heldout:
-            target = target.to(weight.device)
-            logits = router.logits(inputs)
-            error = (logits - target).square()
-            weights = weights_of(target)
-            result.error.update(error if weights is None else error * weights)
-            if rule is not None:  # else nobody knows what it chooses
-                chosen, wanted = router.select(logits), router.select(target)
-                result.overlap.update(jaccard(chosen, wanted))
-        result.sum_over_processes()
-        return result
-
-    chosen_rows = weight[: router.num_experts]
-    old = chosen_rows.clone()
-    before = judge()
-    try:
-        correction = from_first_process(sums.solve(ridge))
-    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise RuntimeError(
-            f"router {router.name}: its inputs are not finite, or its re-fit is "
-            f"singular ({error}); look for inf or NaN in the calibration inputs, pass "
-            "a larger ridge, or do not re-fit it (realign_routers=False)"
-        ) from error
-    chosen_rows.copy_(old.to(correction) + correction)
-    after = judge()
+    rows = weight[: router.num_experts]
+    old = rows.clone()
+    before = _judge(router, heldout, weigh)
+    correction = _correction(router, sums, ridge)
+    rows.copy_(old.to(correction) + correction)
+    after = _judge(router, heldout, weigh)
     applied = after.error.compute() < before.error.compute()
     if not applied:
-        chosen_rows.copy_(old)
+        rows.copy_(old)
     return Refit(
         router=router.name,
         before=before.error.compute(),
@@ -286,6 +252,64 @@ def refit_router(
         after_jaccard=after.overlap.compute() if rule else math.nan,
         applied=applied,
     )
+
+
+def _counted(
+    device: torch.device, samples: Iterable[tuple[Tensor, Tensor, Tensor | None]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and logits of the tokens that count, of each sample that has some."""
+    for inputs, target, mask in samples:
+        inputs, target = inputs.to(device), target.to(device).float()
+        if mask is not None:
+            valid = mask.to(device).bool()
+            inputs, target = inputs[valid], target[valid]
+        if len(inputs) > 0:
+            yield inputs, target
+
+
+def _weights_of(
+    router: BoundRouter, weighting: Weighting, target: Tensor
+) -> Tensor | None:
+    """How much each error counts, (T, E); None: all alike."""
+    if weighting == "uniform":
+        return None  # no need of the scores
+    return error_weights(router.scores(target), router.top_k, weighting)
+
+
+def _judge(
+    router: BoundRouter,
+    heldout: Iterable[tuple[Tensor, Tensor]],
+    weigh: Callable[[Tensor], Tensor | None],
+) -> _Heldout:
+    """The errors of a router as it is, on samples that were not fitted."""
+    result = _Heldout()
+    for inputs, target in heldout:
+        target = target.to(router.weight.device)
+        logits = router.logits(inputs)
+        error = (logits - target).square()
+        weights = weigh(target)
+        result.error.update(error if weights is None else error * weights)
+        if router.description.rule is not None:  # else nobody knows what it chooses
+            chosen, wanted = router.select(logits), router.select(target)
+            result.overlap.update(jaccard(chosen, wanted))
+    result.sum_over_processes()
+    return result
+
+
+def _correction(router: BoundRouter, sums: "RidgeSums", ridge: float) -> Tensor:
+    """What is added to the weight, (E, H), the same in every process.
+
+    Raises:
+        RuntimeError: The system cannot be solved.
+    """
+    try:
+        return from_first_process(sums.solve(ridge))
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise RuntimeError(
+            f"router {router.name}: its inputs are not finite, or its re-fit is "
+            f"singular ({error}); look for inf or NaN in the calibration inputs, pass "
+            "a larger ridge, or do not re-fit it (realign_routers=False)"
+        ) from error
 
 
 @torch.no_grad()

@@ -38,8 +38,8 @@ from vsraq.autoround.recipe_keys import (
     check_runtime,
     check_scheme,
 )
-from vsraq.autoround.rounded_pass import Selection
 from vsraq.autoround.select_tokens import selection_of
+from vsraq.autoround.token_selection import Selection
 from vsraq.checkpoint import check_formats
 from vsraq.options import OPTIONS, Threshold
 from vsraq.strict import check_values, refuse_unknown

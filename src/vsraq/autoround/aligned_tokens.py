@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from vsraq.autoround.config import VSRAQConfig
-from vsraq.autoround.rounded_pass import (
+from vsraq.autoround.token_selection import (
     Selection,
     SelectionDoneError,
     select_tokens_of_run,

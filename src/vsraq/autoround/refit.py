@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vsraq.capture import router_input
 from vsraq.full_precision import eager
-from vsraq.options import Refit
+from vsraq.options import RefitSettings
 from vsraq.realignment import refit_router
 from vsraq.realignment_record import router_weight
 from vsraq.refit_logits import REFIT_BYTES
@@ -29,7 +29,7 @@ def refit_in_block(
     tensors: BlockTensors,
     tokens: CountedTokens,
     runner: BlockForwardRunner,
-    settings: Refit,
+    settings: RefitSettings,
 ) -> dict[str, Tensor]:
     """Re-fit one router of the tuned block, before its output feeds the next.
 

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Select tokens with AutoRound's own blocks, layers, rounding and calibration inputs.
+"""Run a prepared model twice: in full precision, and rounded to nearest.
 
-The full-precision model and the same model rounded to nearest (the run's scheme, no
-tuning) go through the calibration samples block by block, one block in memory at a
-time: copy the block, run it in full precision, round the copy, run it again on the
-rounded path, drop it. So every block is run twice, the model is not touched, and no
-random number is drawn.
+Blocks, layers, rounding and calibration inputs are AutoRound's own. The full-precision
+model and the same model rounded (the run's scheme, no tuning) go through the
+calibration samples block by block, one block in memory at a time: copy the block, run
+it in full precision, round the copy, run it again on the rounded path, drop it. So
+every block is run twice, the model is not touched, and no random number is drawn.
 """
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -40,160 +39,41 @@ from vsraq.autoround.block_copy import copy_block, split_experts
 from vsraq.autoround.rounded_layer import copy_of, own_weight, rounded_layer
 from vsraq.capture import RouterCapture
 from vsraq.routers import BoundRouter, Router, declared_router_classes, find_routers
-from vsraq.tokens import Sampling, TokenMask, check_thresholds
-from vsraq.tokens.output_head import OutputHead, output_head
-from vsraq.tokens.shift import MeanRoutingShift, output_shift
-
-
-class SelectionDoneError(Exception):
-    """Ends a run that was to select tokens only.
-
-    Attributes:
-        selection: What it selected.
-    """
-
-    def __init__(self, selection: "Selection") -> None:
-        super().__init__(str(selection))
-        self.selection = selection
+from vsraq.tokens import Sampling
+from vsraq.tokens.output_head import OutputHead
+from vsraq.tokens.shift import MeanRoutingShift
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Selected tokens, and what it took.
+class Streams:
+    """The hidden states behind the last block, on both paths.
 
     Attributes:
-        mask: The mask.
-        seconds: Wall-clock time.
+        fp_states: In full precision, what AutoRound hands from block to block.
+        q_states: Of the rounded model.
+        shift: The mean routing shift of each token, if it was asked for.
+        returns_tuple: Whether the last block returns a tuple.
     """
 
-    mask: TokenMask
-    seconds: float
-
-    def __str__(self) -> str:
-        mask = self.mask
-        return (
-            f"selected {mask.selected} of {mask.total} tokens ({mask.share:.1%}) with "
-            f"tau={mask.tau:g}, shift_threshold={mask.shift_threshold}, "
-            f"{mask.sampling}, in {self.seconds:.1f} s"
-        )
-
-
-@torch.no_grad()
-def select_tokens_of_run(
-    orchestrator: Any,
-    composer: AlgorithmComposer,
-    token_ids: Sequence[Tensor],
-    *,
-    tau: float = 1e-4,
-    shift_threshold: float | None = None,
-    sampling: Sampling | None = None,
-    chunk_tokens: int = 1024,
-) -> Selection:
-    """Compute the token mask of a run that AutoRound has prepared.
-
-    To be called from a quantizer's `prepare_run`: block inputs are cached then, and no
-    block is tuned. Neither they, the model nor a random state is changed.
-
-    The rounded model is the one that AutoRound's `rtn` without search makes: weights
-    rounded to nearest in each layer's own scheme, and activations where that quantizes
-    them, with scales from the full-precision pass; layers in full precision stay so.
-    Transforms that the run would still apply block by block (AWQ, a layer-wise
-    rotation) are not in it.
-
-    Time: two passes of all blocks and two of the output head. Memory beyond one block
-    (for a model in memory: beyond it and its rounded weights): the hidden states of
-    both paths on the cache device, 2 T H values and T H more while a block runs, and
-    `output_shift`'s one chunk.
-
-    Args:
-        orchestrator: AutoRound's, with its block inputs collected.
-        composer: AutoRound's, which `prepare_run` is called with.
-        token_ids: What the samples are, from `TokenRecorder`; (1, S) each.
-        tau: Select tokens whose Sampled-JSD is above it, nats (SRA Eq. 7).
-        shift_threshold: And whose routing shift, mean over the MoE layers, is above it,
-            a fraction (SRA Table 4); None does not look at the routing.
-        sampling: How outputs are sampled; None takes that of the model's
-            `generation_config`, from its folder where AutoRound has been given one.
-        chunk_tokens: How many tokens' logits exist at once, on each path.
-
-    Returns:
-        The mask and the time.
-
-    Raises:
-        ValueError: A threshold is not allowed, the token ids do not fit, or the routing
-            is asked for in a model without routers.
-        NotImplementedError: The model has several stacks of blocks, or its forward
-            takes no `inputs_embeds`.
-        RuntimeError: A tensor is neither in memory nor on disk, or outputs are not
-            finite.
-    """
-    started = time.perf_counter()
-    check_thresholds(tau, shift_threshold)
-    run = _Run.of(orchestrator, composer)
-    fp_states, others = run.inputs(run.blocks[0])
-    if len(token_ids) != len(fp_states):
-        raise ValueError(
-            f"token_ids of {len(token_ids)} samples: AutoRound has cached "
-            f"{len(fp_states)}; allowed are the ids of exactly these"
-        )
-    wants_routing = shift_threshold is not None
-    shift = MeanRoutingShift() if wants_routing else None
-    q_states = fp_states
-    returns_tuple = False
-    with torch.compiler.set_stance("force_eager"):
-        for name in tqdm(run.blocks, desc="Selecting tokens"):
-            if run.orchestrator.has_variable_block_shape:
-                _, others = run.inputs(name)
-            block = run.load(name, fp_states, others)
-            routers = run.routers_of(block) if wants_routing else ()
-            with run.activation_ranges(block), _output_kind(block) as kinds:
-                fp_states, fp_chosen = run.forward(block, fp_states, others, routers)
-            returns_tuple = kinds[-1] is not Tensor and issubclass(kinds[-1], tuple)
-            run.round_to_nearest(name, block)
-            q_states, q_chosen = run.forward(block, q_states, others, routers)
-            if shift is not None:
-                shift.update(q_chosen, fp_chosen)
-            # its tensors go now; a cycle may keep the module itself for a while
-            block.to("meta")
-        sampling = sampling or run.sampling()
-        with (
-            output_head(
-                run.model,
-                run.blocks,
-                device=run.runner.device,
-                autocast=run.runner.amp_dtype if run.runner.amp else None,
-                returns_tuple=returns_tuple,
-            ) as head,
-            run.rounded_head(head) as q_head,
-        ):
-            changes = output_shift(
-                _hidden_states(q_states),
-                _hidden_states(fp_states),
-                head,
-                q_head=q_head,
-                sampling=sampling,
-                chunk_tokens=chunk_tokens,
-            )
-    masks = [change > tau for change in changes]
-    if shift is not None and shift_threshold is not None:
-        moved = shift.compute() > shift_threshold
-        lengths = [len(mask) for mask in masks]
-        masks = [m & s for m, s in zip(masks, moved.split(lengths), strict=True)]
-    mask = TokenMask.of(
-        masks,
-        token_ids,
-        model=run.model_name,
-        scheme=str(orchestrator.scheme),
-        tau=tau,
-        shift_threshold=shift_threshold,
-        sampling=sampling,
-    )
-    return Selection(mask, time.perf_counter() - started)
+    fp_states: Any
+    q_states: Any
+    shift: MeanRoutingShift | None
+    returns_tuple: bool
 
 
 @dataclass(frozen=True)
-class _Run:
-    """What of a prepared run the selection needs."""
+class RoundedPass:
+    """Both passes through the blocks of a run that AutoRound has prepared.
+
+    Attributes:
+        orchestrator: AutoRound's.
+        composer: AutoRound's.
+        model: The model that is quantized.
+        runner: AutoRound's, for its batches, precision and device.
+        blocks: Names, from the first that is quantized to the last of its stack.
+        router_classes: Of the model's own code, for `find_routers`.
+        router_pattern: The run's option.
+    """
 
     orchestrator: Any
     composer: AlgorithmComposer
@@ -204,7 +84,12 @@ class _Run:
     router_pattern: str | None
 
     @classmethod
-    def of(cls, orchestrator: Any, composer: AlgorithmComposer) -> "_Run":
+    def of(cls, orchestrator: Any, composer: AlgorithmComposer) -> "RoundedPass":
+        """The passes of a run.
+
+        Raises:
+            NotImplementedError: The model has several stacks of blocks.
+        """
         model = composer.block_quantizer.model
         groups = orchestrator.quant_block_list or get_block_names(model)
         if len(groups) != 1:
@@ -226,8 +111,45 @@ class _Run:
             getattr(composer.block_quantizer.config, "router_pattern", None),
         )
 
+    def run(self, num_samples: int, *, with_routing: bool) -> Streams:
+        """Run all blocks on both paths.
+
+        Args:
+            num_samples: Of which the token ids are known.
+            with_routing: Whether the routing of the two paths is compared.
+
+        Raises:
+            ValueError: AutoRound has cached another number of samples.
+            RuntimeError: A tensor is neither in memory nor on disk.
+        """
+        fp_states, others = self.inputs(self.blocks[0])
+        if num_samples != len(fp_states):
+            raise ValueError(
+                f"token_ids of {num_samples} samples: AutoRound has cached "
+                f"{len(fp_states)}; allowed are the ids of exactly these"
+            )
+        shift = MeanRoutingShift() if with_routing else None
+        q_states = fp_states
+        returns_tuple = False
+        for name in tqdm(self.blocks, desc="Selecting tokens"):
+            if self.orchestrator.has_variable_block_shape:
+                _, others = self.inputs(name)
+            block = self.load(name, fp_states, others)
+            routers = self.routers_of(block) if with_routing else ()
+            with self.activation_ranges(block), _output_kind(block) as kinds:
+                fp_states, fp_chosen = self.forward(block, fp_states, others, routers)
+            returns_tuple = kinds[-1] is not Tensor and issubclass(kinds[-1], tuple)
+            self.round_to_nearest(name, block)
+            q_states, q_chosen = self.forward(block, q_states, others, routers)
+            if shift is not None:
+                shift.update(q_chosen, fp_chosen)
+            # its tensors go now; a cycle may keep the module itself for a while
+            block.to("meta")
+        return Streams(fp_states, q_states, shift, returns_tuple)
+
     @property
     def model_name(self) -> str:
+        """What the model was loaded from, or its class."""
         config = getattr(self.model, "config", None)
         return getattr(config, "_name_or_path", "") or type(self.model).__name__
 
@@ -270,6 +192,7 @@ class _Run:
         return self.composer.dispatch_block(block, states, others).eval()
 
     def routers_of(self, block: nn.Module) -> tuple[Router, ...]:
+        """The routers of a block."""
         return find_routers(
             block,
             router_classes=self.router_classes,
@@ -386,7 +309,3 @@ def _output_kind(block: nn.Module) -> Iterator[list[type]]:
         yield kinds
     finally:
         handle.remove()
-
-
-def _hidden_states(states: Any) -> list[Tensor]:
-    return states["hidden_states"] if isinstance(states, dict) else states

@@ -7,7 +7,7 @@ from typing import Any
 from auto_round import AutoRound
 
 from vsraq.autoround.config import VSRAQConfig
-from vsraq.autoround.rounded_pass import Selection, SelectionDoneError
+from vsraq.autoround.token_selection import Selection, SelectionDoneError
 from vsraq.tokens import TokenMask
 
 

@@ -6,9 +6,9 @@ no loader of another library can hide what is missing.
 """
 
 from vsraq.checkpoint.faults import CheckpointError
+from vsraq.checkpoint.formats import check_formats
 from vsraq.checkpoint.load import load_model
 from vsraq.checkpoint.reader import Checkpoint
-from vsraq.checkpoint.supported import check_formats
 from vsraq.checkpoint.verify import Verification, verify
 
 __all__ = [

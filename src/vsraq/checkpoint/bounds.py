@@ -8,7 +8,7 @@ split into what lies along w and the rest,
 
     slope = 1 + <w, e> / <w, w>,     rest^2 = <e, e> / <w, w> - (slope - 1)^2,
 
-and judged in units that scale with nothing:
+and judged in units that do not depend on the size of the weights:
 
     slope in [low, high],            rest <= factor * r + max(0, 1 - slope),
 
@@ -59,7 +59,7 @@ class Errors:
     finite: Tensor
 
     def suspects(self) -> list[int]:
-        """The layers that have a fault, all found at once."""
+        """Indices of the layers that have a fault."""
         low, high = SLOPE
         good = self.finite & (self.slope >= low) & (self.slope <= high)
         good &= (self.rest <= REST) & (self.groups <= GROUP_CLIP)
@@ -140,7 +140,7 @@ class Sums:
 
     @classmethod
     def joined(cls, parts: list["Sums"]) -> "Sums":
-        """Of the same layers, some of their rows each."""
+        """Join sums of the same layers, each over some of their rows."""
         if len(parts) == 1:
             return parts[0]
         return cls(
@@ -157,7 +157,7 @@ def judge(sums: Sums, step: float, *, one_scale: bool) -> Errors:
 
     Args:
         sums: Of N layers.
-        step: Of the format, over the largest weight of a group.
+        step: The format's step, over the largest weight of a group.
         one_scale: Whether a layer has one scale for all of its weights.
     """
     largest = sums.largest

@@ -20,5 +20,5 @@ class CheckpointError(ValueError):
         tail = f"\n  ... and {more} more" if more > 0 else ""
         super().__init__(
             f"checkpoint {path} has {len(faults)} fault(s):\n{shown}{tail}\n"
-            "Do not serve it; export again, and report what repeats."
+            "Do not serve it. Export again, and report faults that come back."
         )

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load checkpoints through transformers where that goes wrong silently."""
+"""Load checkpoints through transformers, without two of its silent errors."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +24,19 @@ from vsraq.checkpoint.reader import Checkpoint
 
 
 def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
-    """Load a full-precision checkpoint or an export through transformers, rightly.
+    """Load a full-precision checkpoint or an export through transformers.
 
-    Two loaders go wrong silently, and both are dealt with here:
+    Two errors would go unnoticed otherwise:
 
     - Loading an `auto_round` MoE export switches off, for the whole process, the
       conversion that fuses experts, so that every later full-precision model of that
-      family gets random experts. The conversion is put back afterwards.
+      family gets random experts. Here the conversion is put back afterwards.
     - transformers dequantizes compressed-tensors NVFP4 experts without their global
-      scale (huggingface/transformers#48371), so such an export is refused.
+      scale (huggingface/transformers#48371). Here such an export is refused.
 
     Args:
         path: Folder of the checkpoint.
-        **kwargs: Of `from_pretrained`.
+        **kwargs: Passed on to `from_pretrained`.
 
     Returns:
         The model in evaluation mode.
@@ -56,20 +57,26 @@ def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
                 "(huggingface/transformers#48371); allowed are other formats; serve "
                 "this one with vLLM, or export in auto_round format to load it here"
             )
-    model_type = config["model_type"]
+    with _same_conversion_afterwards(config["model_type"]):
+        model: PreTrainedModel = model_class(config).from_pretrained(path, **kwargs)
+    return model.eval()
+
+
+@contextmanager
+def _same_conversion_afterwards(model_type: str) -> Iterator[None]:
+    """Put a family's conversion of weights back, whatever a loader does to it."""
     conversion = get_checkpoint_conversion_mapping(model_type)
     try:
-        model: PreTrainedModel = model_class(config).from_pretrained(path, **kwargs)
+        yield
     finally:
         if conversion is not None:
             register_checkpoint_conversion_mapping(
                 model_type, conversion, overwrite=True
             )
-    return model.eval()
 
 
 def model_class(config: Mapping[str, Any]) -> Any:
-    """The auto class of a checkpoint; a language model inside a larger one counts too.
+    """The auto class that loads a checkpoint.
 
     Some types have both a causal model and a larger one around it; `architectures`
     says which of them the checkpoint holds.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must hold of the MoE layers of an export: routers, experts, quantized layers."""
+"""What must be true of an export's MoE layers: routers, experts, quantized layers."""
 
 import hashlib
 import re
@@ -12,23 +12,23 @@ from torch import Tensor, nn
 
 from vsraq.checkpoint.names import OwnNames, StoredNames, block_of
 from vsraq.checkpoint.pairing import Pairs
+from vsraq.checkpoint.plain import REAL, same_numbers
 from vsraq.checkpoint.reader import Checkpoint
 from vsraq.checkpoint.reference import Reference
-from vsraq.checkpoint.weights import REAL, same_numbers
 from vsraq.routers import Router, count_experts
 
 
 def in_quantized_stacks(
     routers: tuple[Router, ...], stored: StoredNames, quantized: set[str]
 ) -> tuple[Router, ...]:
-    """Leave out routers of stacks that the export left alone, a vision tower's."""
+    """Leave out routers of stacks without quantized layers: a vision tower, say."""
     stacks = {block_of(layer).rpartition(".")[0] for layer in quantized}
     inside = tuple(
         router
         for router in routers
         if block_of(stored(f"{router.name}.weight")).rpartition(".")[0] in stacks
     )
-    return inside or routers  # nothing quantized is a fault of every layer
+    return inside or routers  # if nothing is quantized, every layer is a fault
 
 
 def linear_layers(
@@ -36,7 +36,7 @@ def linear_layers(
 ) -> dict[str, tuple[str, nn.Linear]]:
     """Linear layers of the decoder blocks, routers left out.
 
-    Stored name -> the module's own name and the layer.
+    Returns stored name -> the module's own name and the layer.
     """
     router_names = {router.name for router in routers}
     stacks = {block_of(name).rpartition(".")[0] for name in router_names}
@@ -51,7 +51,7 @@ def linear_layers(
 
 
 def tuned_layers(module: nn.Module, stored: StoredNames) -> dict[str, nn.Linear]:
-    """Layers that hold tuned weights, which AutoRound marks by `bits`, as stored."""
+    """Stored name -> layer, of the tuned layers, which AutoRound marks with `bits`."""
     names = {
         name.removesuffix(".orig_layer"): layer
         for name, layer in module.named_modules()
@@ -69,14 +69,14 @@ def check_layers(
     quantized: set[str],
     own_name: OwnNames,
 ) -> tuple[set[str], dict[str, str]]:
-    """Every linear layer, and every expert on disk, is quantized or exempt.
+    """Check that every linear layer, and every expert on disk, is quantized or exempt.
 
     Returns the exempt layers, and the faults by layer.
     """
     plain = {
         name.removesuffix(".weight")
         for name in export
-        # fused experts of the reference are no linear layers: look on disk
+        # the reference's fused experts are not linear layers, so look on disk
         if re.search(r"\.experts\.\d+\.", name) and name.endswith(".weight")
     }
     faults: dict[str, str] = {}
@@ -96,7 +96,7 @@ def check_layers(
 
 
 class Record:
-    """What the export's config says of re-fitted routers."""
+    """What the export's config says about re-fitted routers."""
 
     def __init__(self, export: Checkpoint) -> None:
         record = export.config.get("vsraq")
@@ -106,7 +106,7 @@ class Record:
         self._digests: dict[str, Any] = digests if isinstance(digests, dict) else {}
 
     def fault(self, names: tuple[str, ...], tensor: Tensor) -> str | None:
-        """Whether a router is another one than the record's, by any of its names."""
+        """What is wrong with a router that has a recorded digest, or None."""
         for name in names:
             if name in self._digests:
                 if self._digests[name] == digest(tensor):
@@ -134,7 +134,7 @@ def router_tensors(
 ) -> dict[str, str]:
     """Stored name -> the module's name, of every tensor that decides the routing.
 
-    Correction biases that lie beside a router belong to it.
+    A correction bias beside a router belongs to it.
     """
     names: dict[str, str] = {}
     for router in routers:
@@ -153,7 +153,7 @@ def check_routers(
     quantized: set[str],
     declared: torch.dtype | None,
 ) -> tuple[int, list[str]]:
-    """Routers are in full precision, and the reference's or the recorded ones.
+    """Check that routers are in full precision, and the reference's or recorded ones.
 
     Returns how many routers were re-fitted, and the faults.
     """
@@ -205,7 +205,7 @@ def _same_router(
     dtypes: set[torch.dtype | None],
     is_weight: bool,
 ) -> bool:
-    """A weight may be cast to the declared dtype; a correction bias loses nothing."""
+    """A weight may be cast to the declared dtype, a correction bias may not."""
     if torch.equal(exported.float(), expected.float()):
         return True
     return is_weight and exported.dtype in dtypes and same_numbers(exported, expected)
@@ -231,7 +231,7 @@ def check_experts(
     stored: StoredNames,
     layers: set[str],
 ) -> tuple[int, list[str]]:
-    """How many experts there are, and the faults."""
+    """Check that every expert is complete; returns their number, and the faults."""
     by_block: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for layer in layers:
         match = re.match(r"^(.+\.experts)\.(\d+)\.(.+)$", layer)
@@ -262,7 +262,7 @@ def other_missing(
     layers: Mapping[str, str],
     experts: list[str],
 ) -> list[str]:
-    """Tensors of the original that are missing, those already named left out."""
+    """Faults for missing tensors that no other fault has named yet."""
     faults = []
     for name in pairs.missing:
         layer = name.removesuffix(".weight")

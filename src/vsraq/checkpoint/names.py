@@ -43,12 +43,12 @@ _HALVES: Mapping[str, tuple[str, ...]] = {
 class StoredNames:
     """Names of a model's tensors on disk, where transformers renames them.
 
-    `model.layers.3.mlp.gate.weight` of Mixtral is stored as
-    `model.layers.3.block_sparse_moe.gate.weight`, say. Names that differ in their
-    numbers alone are renamed alike, so each pattern is asked for once.
+    Mixtral's `model.layers.3.mlp.gate.weight`, for example, is stored as
+    `model.layers.3.block_sparse_moe.gate.weight`. Names that differ only in their
+    numbers are renamed alike, so each pattern is looked up once.
 
     Args:
-        module: The model; of a module that is none, names stay as they are.
+        module: The model. If it is not one of transformers, names stay as they are.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -56,7 +56,7 @@ class StoredNames:
         self._patterns: dict[str, list[str]] = {}
 
     def __call__(self, name: str) -> str:
-        """The stored name; the module's where it is stored as several tensors."""
+        """The stored name, or the module's if it is stored as several tensors."""
         if self._model is None:
             return name
         numbers = _NUMBER.findall(name)
@@ -77,8 +77,8 @@ class StoredNames:
 class OwnNames:
     """The module's names of layers, from the names that they are stored under.
 
-    Experts are stored under names that no module has; what stands before them is
-    renamed like the tensors beside them.
+    Experts are stored under names that no module has. The part before "experts" is
+    renamed as in the names of the tensors beside them.
 
     Args:
         pairs: The module's name and the stored one, of every tensor of a model.
@@ -86,20 +86,20 @@ class OwnNames:
 
     def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
         self._prefixes: dict[str, str] = {}
-        kept: set[str] = set()
+        unchanged: set[str] = set()
         for own, stored in pairs:
             a, b = own.split("."), stored.split(".")
             if own == stored:
-                kept.update(".".join(b[:end]) for end in range(len(b)))
+                unchanged.update(".".join(b[:end]) for end in range(len(b)))
                 continue
             while a and b and a[-1] == b[-1]:
                 del a[-1], b[-1]
             self._prefixes.setdefault(".".join(b), ".".join(a))
-        for prefix in kept:  # a tensor that moved does not take the others along
+        for prefix in unchanged:  # a tensor that moved does not take the others along
             self._prefixes.pop(prefix, None)
 
     def __call__(self, stored: str) -> str:
-        """The module's name; the stored one where nothing is renamed."""
+        """The module's name, or the stored one if nothing is renamed."""
         parts = stored.split(".")
         for end in range(len(parts), 0, -1):
             own = self._prefixes.get(".".join(parts[:end]))
@@ -114,7 +114,7 @@ class Part:
 
     Attributes:
         expert: Its index along the first dimension.
-        half: 0 for the gate, 1 for the up projection, None where both are apart.
+        half: 0 for the gate, 1 for the up projection, None if they are not fused.
     """
 
     expert: int
@@ -158,5 +158,5 @@ def block_of(name: str) -> str:
 
 
 def pattern_of(name: str) -> str:
-    """The name with its numbers left out: one for all layers."""
+    """The name without its numbers: the same for all layers."""
     return _NUMBER.sub("#", name)

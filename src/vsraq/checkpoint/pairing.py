@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from vsraq.checkpoint.formats import OWN_SUFFIXES
+from vsraq.checkpoint.formats import own_suffixes
 from vsraq.checkpoint.names import Part, StoredNames, pattern_of, unfused
 from vsraq.checkpoint.reader import Checkpoint
 from vsraq.checkpoint.reference import Reference
@@ -70,12 +70,11 @@ def pair(export: Checkpoint, reference: Reference) -> Pairs:
         reference: The original.
     """
     pairs = Pairs()
+    of_quantized = own_suffixes()
     for owner, suffixes in export.suffixes().items():
-        own = {
-            s for s in suffixes & OWN_SUFFIXES if f"{owner}.{s}" not in reference.shapes
-        }
-        if own:
-            pairs.layers[owner] = suffixes & (OWN_SUFFIXES | {"weight"})
+        own = suffixes & of_quantized
+        if any(f"{owner}.{suffix}" not in reference.shapes for suffix in own):
+            pairs.layers[owner] = suffixes & (of_quantized | {"weight"})
     tied = _tied(reference)
     for name, shape in reference.shapes.items():
         targets = _targets(name, shape, export, pairs.layers)
@@ -108,7 +107,7 @@ def _targets(
     export: Checkpoint,
     layers: Mapping[str, set[str]],
 ) -> list[tuple[str, Part | None]] | None:
-    """What a tensor became, or None where nothing of it is there."""
+    """What a tensor became, or None if the export has nothing of it."""
     if name in export or name.removesuffix(".weight") in layers:
         return [(name, None)]
     found = unfused(name, shape)
@@ -118,7 +117,7 @@ def _targets(
 
 
 def _tied(reference: Reference) -> dict[str, str]:
-    """Stored names that share a tensor with others, and those."""
+    """Stored name -> the other stored name of the same tensor."""
     tied = getattr(reference.module, "all_tied_weights_keys", None) or {}
     stored = StoredNames(reference.module)
     return {stored(name): stored(other) for name, other in tied.items()}
@@ -133,7 +132,7 @@ class Parts:
 
     A fused tensor of experts may be transposed, and its gate and up projections may
     lie one after the other or in turn. All tensors of a pattern lie alike: whichever
-    way the first of them fits best is taken for all.
+    way fits the first of them best is taken for all.
 
     Args:
         reference: The original.
@@ -146,7 +145,7 @@ class Parts:
         self._tensor: Tensor | None = None
 
     def whole(self, name: str) -> Tensor:
-        """A tensor of the original; the last one is kept."""
+        """A tensor of the original; the last one read stays in memory."""
         if self._tensor is None or self._name != name:
             self._tensor = None  # before the next one is read
             self._tensor, self._name = self._reference[name], name

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A checkpoint folder: which files count, what lies in them, one tensor at a time.
 
-`model.safetensors.index.json` decides which files and tensors count, as it does for
-those who serve a model; without one it is `model.safetensors`. Names, shapes and dtypes
+`model.safetensors.index.json` decides which files and tensors count, as it does when a
+model is served. Without it, only `model.safetensors` counts. Names, shapes and dtypes
 come from the files' headers.
 """
 
@@ -19,7 +19,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vsraq.checkpoint.faults import CheckpointError
-from vsraq.checkpoint.formats import FORMATS
 from vsraq.checkpoint.schemes import Schemes
 
 _SINGLE = "model.safetensors"
@@ -27,7 +26,7 @@ _INDEX = f"{_SINGLE}.index.json"
 
 
 class Header(NamedTuple):
-    """What a file's header says of a tensor.
+    """What a file's header says about a tensor.
 
     Attributes:
         shape: Its shape.
@@ -49,8 +48,9 @@ class Checkpoint:
     Attributes:
         path: The folder.
         config: What config.json holds.
-        faults: What is wrong with its files without making it unreadable: files and
-            tensors that the index does not name, and the other way round.
+        faults: Faults that do not make it unreadable: files and tensors that the index
+            does not name, and tensors that only the index names.
+        missing: Those of the faults that are tensors that only the index names.
 
     Raises:
         FileNotFoundError: The folder has no config.json, no safetensors file that
@@ -67,6 +67,7 @@ class Checkpoint:
             )
         self.config: dict[str, Any] = self._read_json("config.json")
         self.faults: list[str] = []
+        self.missing: list[str] = []
         self._stack = ExitStack()
         self._owner: dict[str, Any] = {}
         self._headers: dict[str, Header] = {}
@@ -109,7 +110,8 @@ class Checkpoint:
             self._open_file(name, index)
         for name, file in (index or {}).items():
             if name not in self._owner:
-                self.faults.append(f"{name}: {_INDEX} says {file}, which lacks it")
+                self.missing.append(f"{name}: {_INDEX} says {file}, which lacks it")
+        self.faults += self.missing
 
     @staticmethod
     def _names(index: Mapping[str, str] | None) -> str:
@@ -152,7 +154,8 @@ class Checkpoint:
         for tensor, file in names.items():
             if not isinstance(file, str) or Path(file).name != file:
                 raise CheckpointError(
-                    self.path, [f"{_INDEX}: {tensor} lies in {file!r}, no file name"]
+                    self.path,
+                    [f"{_INDEX}: {tensor} lies in {file!r}, which is not a file name"],
                 )
         return names
 
@@ -232,4 +235,4 @@ class Checkpoint:
             for name in self
             if name.startswith(prefix)
         }
-        return FORMATS[scheme.layout].dequantize(own, scheme)
+        return scheme.format.dequantize(own, scheme)

@@ -46,7 +46,7 @@ class Reference(Protocol):
         """One tensor, on the CPU."""
 
     def needed(self, name: str) -> bool:
-        """Whether the model holds this tensor; files hold others, too."""
+        """Whether the model holds this tensor; files may hold others."""
 
 
 class Folder:
@@ -54,7 +54,7 @@ class Folder:
 
     Args:
         path: The folder, or the name of a model in the hub's cache.
-        trust_remote_code: Of transformers.
+        trust_remote_code: As in transformers.
         stack: Closes the files.
 
     Raises:
@@ -67,9 +67,8 @@ class Folder:
 
     def __init__(self, path: Path, trust_remote_code: bool, stack: ExitStack) -> None:
         self._files = stack.enter_context(Checkpoint(path))
-        lacking = [fault for fault in self._files.faults if "lacks it" in fault]
-        if lacking:
-            raise CheckpointError(path, lacking)
+        if self._files.missing:
+            raise CheckpointError(path, self._files.missing)
         method = (self._files.config.get("quantization_config") or {}).get(
             "quant_method"
         )
@@ -94,8 +93,8 @@ class Folder:
         }
         self.module = _skeleton(path, trust_remote_code)
         held = stored_shapes(self.module)
-        # Where the model's own names are not all in the files, their relation is not
-        # understood, and every tensor counts.
+        # If the files lack some of the model's names, we cannot tell which of their
+        # tensors the model holds, so all of them count.
         tied = getattr(self.module, "all_tied_weights_keys", None) or {}
         understood = all(name in self.shapes or name in tied for name in held)
         self._needed = frozenset(held) if understood else frozenset(self.shapes)
@@ -165,7 +164,7 @@ def open_reference(
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
     """The tensors of a model under its own names, AutoRound's wrappers left out.
 
-    Of a tuned layer only its weight and bias: the others are notes of the tuning.
+    Of a tuned layer these are its weight and bias; the others record its tuning.
     """
     tensors: dict[str, Tensor] = {}
     notes: set[str] = set()

@@ -5,29 +5,27 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
 from vsraq.checkpoint import moe
 from vsraq.checkpoint.faults import CheckpointError
 from vsraq.checkpoint.names import OwnNames, StoredNames
-from vsraq.checkpoint.pairing import Pairs, Parts, Piece, pair
+from vsraq.checkpoint.pairing import Parts, pair
+from vsraq.checkpoint.plain import PlainTensors
+from vsraq.checkpoint.quantized import QuantizedLayers
 from vsraq.checkpoint.reader import Checkpoint
 from vsraq.checkpoint.reference import Reference, open_reference, own_tensors
-from vsraq.checkpoint.weights import QuantizedLayers, plain_fault
 from vsraq.routers import Router, find_routers
-
-_INTEGERS = ("int", "gptq", "awq", "packed")
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` has checked, all of it found in order.
+    """What `verify` has checked and found in order.
 
     Attributes:
-        kind: How the quantized weights are stored: "int", "int8", "nvfp4", "mxfp4",
-            "mxfp8" or "fp8"; several of them with "+" between.
+        kind: How the quantized weights are stored: `Format.kind`, such as "int" or
+            "nvfp4"; several of them with "+" between.
         quantized_layers: Layers with quantized weights.
         full_precision_layers: Linear layers that the export declares unquantized.
         routers: Routers found in full precision, equal to the reference or re-fitted.
@@ -78,8 +76,8 @@ def verify(
     experts of every MoE layer are there and complete. Files and tensors count as the
     index names them.
 
-    An export whose run rescaled or rotated weights before rounding (AWQ, a rotation)
-    has not the original's weights: give the tuned model as the reference.
+    If a run rescaled or rotated weights before rounding (AWQ, a rotation), its export
+    does not hold the original's weights: give the tuned model as the reference.
 
     Args:
         path: Folder of the export.
@@ -87,7 +85,7 @@ def verify(
             hold the tuned weights), or the full-precision model, or the path or hub
             name of its checkpoint (read without loading it as a whole; a hub model
             must be on this machine already).
-        trust_remote_code: Of transformers, for a reference given by path.
+        trust_remote_code: As in transformers, for a reference given by path.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -102,7 +100,7 @@ def verify(
     """
     with ExitStack() as stack:
         export = stack.enter_context(Checkpoint(path))
-        export.schemes  # noqa: B018  a config that cannot be read is said first
+        export.schemes  # noqa: B018  report an unreadable config first
         opened = open_reference(reference, trust_remote_code, stack)
         routers = find_routers(opened.module)
         if not routers:
@@ -123,16 +121,10 @@ def _verify(
     routers: tuple[Router, ...],
     progress: bool,
 ) -> tuple[Verification, list[str]]:
-    """Returns what was found in order, and what was not."""
+    """Returns what is in order, and the faults."""
     module = reference.module
     stored = StoredNames(module)
-    own_name = OwnNames(
-        (name, stored(name))
-        for name in own_tensors(module)
-        # experts are stored as several, or under names of their own, and biases of
-        # routers move without what stands beside them
-        if name.endswith(".weight") and ".experts." not in name
-    )
+    own_name = _own_names(module, stored)
     pairs = pair(export, reference)
     quantized = set(pairs.layers)
     routers = moe.in_quantized_stacks(routers, stored, quantized)
@@ -142,25 +134,19 @@ def _verify(
         module, routers, stored, quantized | exempt
     )
     names = moe.router_tensors(module, routers, stored)
-    declared = _declared_dtype(export)
-    realigned, router_faults = moe.check_routers(
-        export, reference, names, quantized, declared
-    )
     parts = Parts(reference)
+    plain = PlainTensors(export, reference, parts, pairs)
+    realigned, router_faults = moe.check_routers(
+        export, reference, names, quantized, plain.declared
+    )
     layers = QuantizedLayers(
         export, pairs, parts, own_name, moe.tuned_layers(module, stored)
     )
-    skipped = {piece for piece in pairs.plain if piece.source in names}
-    plain_faults = []
-    pieces = sorted(pairs.quantized + pairs.plain, key=lambda piece: piece.source)
-    is_quantized = set(pairs.quantized)
+    checks = dict.fromkeys(pairs.quantized, layers.check)
+    checks |= {p: plain.check for p in pairs.plain if p.source not in names}
+    pieces = sorted(checks, key=lambda piece: piece.source)
     for piece in tqdm(pieces, "verify", disable=not progress, unit="tensor"):
-        if piece in skipped:
-            continue
-        if piece in is_quantized:
-            layers.check(piece)
-        elif fault := _check_plain(export, reference, parts, piece, pairs, declared):
-            plain_faults.append(fault)
+        checks[piece](piece)
     layers.finish()
     faults = [
         *layer_faults.values(),
@@ -169,7 +155,7 @@ def _verify(
         *moe.other_missing(pairs, names, layer_faults, expert_faults),
         *(f"{name}: belongs to nothing in the original" for name in pairs.extra),
         *layers.faults,
-        *plain_faults,
+        *plain.faults,
     ]
     result = Verification(
         kind=_kind(export, quantized, own_name),
@@ -179,42 +165,19 @@ def _verify(
         realigned_routers=realigned,
         experts=experts,
         compared_weights=layers.compared,
-        full_precision_tensors=len(pairs.plain) - len(skipped),
+        full_precision_tensors=len(checks) - len(pairs.quantized),
     )
     return result, faults
 
 
-def _check_plain(
-    export: Checkpoint,
-    reference: Reference,
-    parts: Parts,
-    piece: Piece,
-    pairs: Pairs,
-    declared: torch.dtype | None,
-) -> str | None:
-    exported = export[piece.target]
-    expected = parts.get(piece, exported)
-    if expected is None:
-        return (
-            f"{piece.target}: shape {tuple(exported.shape)}, the original's is "
-            f"{' or '.join(map(str, parts.shapes(piece)))}"
-        )
-    return plain_fault(
-        piece.target,
-        exported,
-        expected,
-        declared,
-        rounded=piece.source in reference.rounded,
-        beside_quantized=piece.layer in pairs.layers,
+def _own_names(module: nn.Module, stored: StoredNames) -> OwnNames:
+    return OwnNames(
+        (name, stored(name))
+        for name in own_tensors(module)
+        # experts are stored as several, or under names of their own, and biases of
+        # routers may move without the tensors beside them
+        if name.endswith(".weight") and ".experts." not in name
     )
-
-
-def _declared_dtype(export: Checkpoint) -> torch.dtype | None:
-    """The dtype that the export's config declares."""
-    config = export.config
-    name = config.get("dtype", config.get("torch_dtype"))
-    dtype = getattr(torch, name, None) if isinstance(name, str) else None
-    return dtype if isinstance(dtype, torch.dtype) else None
 
 
 def _kind(export: Checkpoint, quantized: set[str], own_name: OwnNames) -> str:
@@ -222,5 +185,5 @@ def _kind(export: Checkpoint, quantized: set[str], own_name: OwnNames) -> str:
     for layer in quantized:
         scheme = export.schemes(layer, own_name(layer))
         if scheme is not None:
-            kinds.add("int" if scheme.layout in _INTEGERS else scheme.layout)
+            kinds.add(scheme.format.kind)
     return "+".join(sorted(kinds))

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Integers and 4-bit floats out of the words that exports pack them into.
+"""From the words that exports pack to numbers, and from those to weights.
 
-All take leading batch dimensions, so that layers of one shape go through together.
+All functions take leading batch dimensions, so that layers of one shape go through
+together. Shapes: O outputs, I inputs, G groups of inputs that share a scale.
 """
 
 import torch
@@ -69,3 +70,27 @@ def e2m1(packed: Tensor) -> Tensor:
 def e8m0(exponents: Tensor) -> Tensor:
     """Powers of two with a bias of 127, uint8 -> float32."""
     return torch.exp2(exponents.float() - 127)
+
+
+def scale_levels(levels: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
+    """(level - zero point) * scale.
+
+    Args:
+        levels: (..., I, O).
+        zeros: (..., G, O), or a single number.
+        scales: (..., G, O).
+
+    Returns:
+        (..., I, O), float32.
+    """
+    groups = scales.shape[-2]
+    values = levels.unflatten(-2, (groups, -1)).float()
+    values -= zeros.unsqueeze(-2) if zeros.ndim else zeros
+    values *= scales.float().unsqueeze(-2)
+    return values.flatten(-3, -2)
+
+
+def scale_blocks(values: Tensor, scales: Tensor) -> Tensor:
+    """(..., O, I) times one scale per block, (..., O, G)."""
+    blocks = values.unflatten(-1, (scales.shape[-1], -1))
+    return (blocks * scales.unsqueeze(-1)).flatten(-2)

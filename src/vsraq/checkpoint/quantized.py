@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare what an export stores with what the original holds, tensor by tensor."""
+"""Compare the quantized layers of an export with what the original holds."""
 
 from collections import defaultdict
 from collections.abc import Mapping
@@ -8,13 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from vsraq.checkpoint.bounds import Sums, judge
-from vsraq.checkpoint.formats import FORMATS, Expected, Format
+from vsraq.checkpoint.formats.format import Scheme, TensorSpec, some_outputs
 from vsraq.checkpoint.names import OwnNames
 from vsraq.checkpoint.pairing import Pairs, Parts, Piece
 from vsraq.checkpoint.reader import Checkpoint
-from vsraq.checkpoint.schemes import Scheme
 
-REAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _BATCH = 1 << 20  # weights that go through together: their numbers stay in the cache
 
 
@@ -33,7 +31,7 @@ class QuantizedLayers:
 
     Attributes:
         faults: What was found.
-        compared: Layers found equal to the tuned ones.
+        compared: Number of layers that were compared with tuned ones.
     """
 
     def __init__(
@@ -66,29 +64,33 @@ class QuantizedLayers:
                 f"{layer}: quantized, but the config declares it full precision"
             )
             return
-        form = FORMATS[scheme.layout]
-        found = self._complete(layer, scheme, form, self._parts.shapes(piece))
+        found = self._complete(layer, scheme, self._parts.shapes(piece))
         if found is None:
             return
-        (rows, inputs), expected = found
-        tensors = {suffix: self._export[f"{layer}.{suffix}"] for suffix in expected}
-        if not self._sound(layer, scheme, form, tensors, inputs):
+        (rows, inputs), layout = found
+        tensors = {
+            suffix: self._export[f"{layer}.{suffix}"].reshape(spec.shape)
+            for suffix, spec in layout.items()
+        }
+        if not self._sound(layer, scheme, layout, tensors, inputs):
             return
         if self._tuned:
-            self._compare(layer, form.dequantize(tensors, scheme))
+            self._compare(layer, scheme.format.dequantize(tensors, scheme))
         elif piece.part is None:
             weight = self._parts.whole(piece.source)
             self._queue(layer, scheme, weight, tensors)
         else:
-            like = form.dequantize(tensors, scheme)
+            like = scheme.format.dequantize(tensors, scheme)
             part = self._parts.get(piece, like)
             if part is None:
-                self.faults.append(f"{layer}: {rows} x {inputs} is no part of it")
+                self.faults.append(
+                    f"{layer}: no part of the original is {rows} x {inputs}"
+                )
             else:
                 self._queue(layer, scheme, part, tensors)
 
     def finish(self) -> None:
-        """Check what still waits."""
+        """Check the layers that still wait in a batch."""
         for key in list(self._waiting):
             self._flush(key)
         if self._asymmetric and not self._off_middle:
@@ -101,10 +103,9 @@ class QuantizedLayers:
         self,
         layer: str,
         scheme: Scheme,
-        form: Format,
         shapes: list[tuple[int, ...]],
-    ) -> tuple[tuple[int, int], Expected] | None:
-        """The layer's shape and its tensors, if all are there in the right form."""
+    ) -> tuple[tuple[int, int], dict[str, TensorSpec]] | None:
+        """The layer's shape and layout, if all its tensors are stored like that."""
         faults: list[str] = []
         for shape in shapes:
             if len(shape) != 2:
@@ -117,33 +118,34 @@ class QuantizedLayers:
                     "one in layer_config"
                 ]
                 continue
-            expected = form.expected(scheme, shape[0], shape[1])
-            faults = self._wrong(layer, form, expected)
+            layout = scheme.format.layout(scheme, shape[0], shape[1])
+            faults = self._wrong(layer, scheme, layout)
             if not faults:
-                return (shape[0], shape[1]), expected
+                return (shape[0], shape[1]), layout
         self.faults += faults
         return None
 
-    def _wrong(self, layer: str, form: Format, expected: Expected) -> list[str]:
+    def _wrong(
+        self, layer: str, scheme: Scheme, layout: Mapping[str, TensorSpec]
+    ) -> list[str]:
         faults = []
-        for suffix, (shape, dtypes) in expected.items():
+        for suffix, spec in layout.items():
             name = f"{layer}.{suffix}"
             if name not in self._export:
                 faults.append(f"{name}: missing")
                 continue
             header = self._export.header(name)
-            flat = len(shape) == 2 and shape[1] == 1 and header.shape == shape[:1]
-            if header.shape != shape and not (flat or header.shape == () == shape[1:]):
+            if not spec.allows(header.shape):
                 faults.append(
                     f"{name}: shape {header.shape}, but the original's shape and the "
-                    f"config ask for {shape}"
+                    f"config ask for {spec.shape}"
                 )
-            elif header.dtype not in dtypes:
+            elif header.dtype not in spec.dtypes:
                 faults.append(
                     f"{name}: dtype {header.dtype}, allowed is "
-                    f"{' or '.join(sorted(dtypes))}"
+                    f"{' or '.join(sorted(spec.dtypes))}"
                 )
-        known = {*expected, *form.optional}
+        known = {*layout, *scheme.format.optional}
         faults += [
             f"{layer}.{suffix}: belongs to no layer of this format"
             for suffix in sorted(self._layers[layer] - known)
@@ -154,37 +156,45 @@ class QuantizedLayers:
         self,
         layer: str,
         scheme: Scheme,
-        form: Format,
+        layout: Mapping[str, TensorSpec],
         tensors: Mapping[str, Tensor],
         inputs: int,
     ) -> bool:
-        """Whether scales, zero points and group indices are possible ones."""
+        """Whether scales, zero points and all that only the format knows are valid."""
         before = len(self.faults)
-        for suffix in form.scales:
-            if suffix in tensors:
+        for suffix, spec in layout.items():
+            if spec.is_scale:
                 self._check_scale(f"{layer}.{suffix}", tensors[suffix])
-        off = form.zero_points(tensors, scheme)
-        if off is not None:
-            off_middle = bool(off.any())
-            if scheme.sym and off_middle:
-                self.faults.append(
-                    f"{layer}: declared symmetric, but it has zero points that are not "
-                    "the middle level"
-                )
-            elif not scheme.sym:
-                self._off_middle |= off_middle
-                self._asymmetric.append(layer)
-        if "weight_shape" in tensors:
-            said = tuple(tensors["weight_shape"].tolist())
-            if said[1:] != (inputs,):
-                self.faults.append(f"{layer}.weight_shape: {said}, of {inputs} inputs")
-        name = f"{layer}.g_idx"
-        if "g_idx" in form.optional and name in self._export:
-            size = scheme.group_size if scheme.group_size > 0 else inputs
-            groups = self._export[name]
-            if not torch.equal(groups.long(), torch.arange(inputs) // size):
-                self.faults.append(f"{name}: not the groups of {size} inputs in order")
+        self._check_zero_points(layer, scheme, tensors)
+        optional = {
+            suffix: self._export[f"{layer}.{suffix}"]
+            for suffix in scheme.format.optional
+            if f"{layer}.{suffix}" in self._export
+        }
+        found = scheme.format.faults({**tensors, **optional}, scheme, inputs)
+        self.faults += [f"{layer}.{fault}" for fault in found]
         return len(self.faults) == before
+
+    def _check_zero_points(
+        self, layer: str, scheme: Scheme, tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Zero points are the middle level if, and only if, the config says so.
+
+        In one asymmetric layer they may all be; not in every asymmetric layer, which
+        `finish` finds.
+        """
+        off = scheme.format.zero_points(tensors, scheme)
+        if off is None:
+            return
+        off_middle = bool(off.any())
+        if not scheme.sym:
+            self._off_middle |= off_middle
+            self._asymmetric.append(layer)
+        elif off_middle:
+            self.faults.append(
+                f"{layer}: declared symmetric, but it has zero points that are not "
+                "the middle level"
+            )
 
     def _check_scale(self, name: str, tensor: Tensor) -> None:
         if tensor.dtype == torch.uint8:  # exponents; 255 is NaN
@@ -198,7 +208,7 @@ class QuantizedLayers:
             self.faults.append(f"{name}: {zeros} of {values.numel()} scales are zero")
 
     def _compare(self, layer: str, exported: Tensor) -> None:
-        """With a tuned layer, bit for bit."""
+        """Compare with the tuned layer, bit for bit."""
         linear = self._tuned.get(layer)
         if linear is None:
             self.faults.append(f"{layer}: the tuned reference has no such layer")
@@ -228,7 +238,7 @@ class QuantizedLayers:
     def _flush(self, key: tuple[Scheme, int, int]) -> None:
         scheme, rows, inputs = key
         batch = self._waiting.pop(key)
-        form = FORMATS[scheme.layout]
+        layout = scheme.format.layout(scheme, rows, inputs)
         weights = _stack([weight for _, weight, _ in batch])
         tensors = {
             suffix: _stack([own[suffix] for _, _, own in batch])
@@ -238,12 +248,14 @@ class QuantizedLayers:
         sums = []
         for start in range(0, rows, chunk):
             stop = min(start + chunk, rows)
-            some = form.rows(tensors, scheme, start, stop)
-            numbers = form.dequantize(some, scheme)
+            some = some_outputs(tensors, layout, start, stop, rows)
+            numbers = scheme.format.dequantize(some, scheme)
             groups = scheme.groups(inputs)
             sums.append(Sums.of(weights[:, start:stop], numbers, groups))
         errors = judge(
-            Sums.joined(sums), form.step(scheme), one_scale=scheme.group_size == 0
+            Sums.joined(sums),
+            scheme.format.step(scheme),
+            one_scale=scheme.group_size == 0,
         )
         for index in errors.suspects():
             self.faults.append(f"{batch[index][0]}: {errors.fault(index)}")
@@ -251,64 +263,3 @@ class QuantizedLayers:
 
 def _stack(tensors: list[Tensor]) -> Tensor:
     return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
-
-
-def plain_fault(
-    name: str,
-    exported: Tensor,
-    expected: Tensor,
-    declared: torch.dtype | None,
-    *,
-    rounded: bool,
-    beside_quantized: bool,
-) -> str | None:
-    """What is wrong with a tensor in full precision, or None.
-
-    It must be the original's after the cast to its own dtype, and that dtype the
-    original's, the one that the config declares, float32, or, beside a quantized
-    weight, that of its bias.
-
-    Args:
-        name: The export's name of it.
-        exported: The export's tensor.
-        expected: The original's.
-        declared: The dtype of the export's config.
-        rounded: Whether the original's follows from FP8 numbers and their scales.
-        beside_quantized: Whether it belongs to a quantized layer.
-    """
-    if exported.shape != expected.shape:
-        return (
-            f"{name}: shape {tuple(exported.shape)}, the original's is "
-            f"{tuple(expected.shape)}"
-        )
-    if expected.dtype not in REAL:
-        same = exported.dtype == expected.dtype and torch.equal(exported, expected)
-        return None if same else f"{name}: differs from the original's"
-    allowed = {expected.dtype, declared, torch.float32}
-    if beside_quantized:
-        allowed.add(torch.float16)
-    if exported.dtype not in REAL or exported.dtype not in allowed:
-        return (
-            f"{name}: {exported.dtype}, the original's is {expected.dtype} and the "
-            f"config declares {declared}"
-        )
-    if same_numbers(exported, expected):
-        return None
-    difference = (exported.float() - expected.float()).abs()
-    if rounded and bool((difference <= 2**-7 * expected.float().abs()).all()):
-        return None
-    if not exported.isfinite().all():
-        return f"{name}: not finite, other than the original's"
-    return f"{name}: differs from the original's by up to {float(difference.max()):.3g}"
-
-
-def same_numbers(exported: Tensor, expected: Tensor) -> bool:
-    """Whether a tensor is another one in its own dtype; NaN is the same as NaN."""
-    cast = expected.to(exported.dtype)
-    if torch.equal(exported, cast):
-        return True
-    if not bool(expected.isnan().any()):
-        return False
-    return torch.equal(exported.nan_to_num(), cast.nan_to_num()) and torch.equal(
-        exported.isnan(), cast.isnan()
-    )
