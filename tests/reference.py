@@ -31,7 +31,7 @@ def sigmoid_aware_mse(q, fp, *, top_k, gamma=1.0, eps=1e-3):
     return total / top_k
 
 
-def rank_loss(q, fp, *, top_k, margin=0.0):
+def rank(q, fp, *, top_k, margin=0.0):
     if top_k == 1:
         return 0.0
     order = _order(fp)
@@ -41,7 +41,7 @@ def rank_loss(q, fp, *, top_k, margin=0.0):
     return total / (top_k - 1)
 
 
-def margin_loss(q, fp, *, top_k, boundary=1):
+def margin(q, fp, *, top_k, boundary=1):
     order = _order(fp)
     last = order[top_k - 1]
     near = order[top_k : top_k + boundary]
@@ -50,7 +50,7 @@ def margin_loss(q, fp, *, top_k, boundary=1):
     return sum(((q[last] - q[e]) - (fp[last] - fp[e])) ** 2 for e in near) / len(near)
 
 
-def pairwise_margin_loss(q, fp, *, top_k, boundary=1):
+def pairwise_margin(q, fp, *, top_k, boundary=1):
     near = _order(fp)[: top_k + boundary]
     pairs = [(i, j) for n, i in enumerate(near) for j in near[n + 1 :]]
     if not pairs:
@@ -69,7 +69,7 @@ def router_kl(q, fp, *, top_m=None):
     return total
 
 
-def vsraq_loss(
+def vsraq(
     q,
     fp,
     *,
@@ -85,8 +85,8 @@ def vsraq_loss(
     return (
         (1 - alpha) * topk_mse(q, fp, top_k=top_k)
         + alpha * sigmoid_aware_mse(q, fp, top_k=top_k, gamma=gamma, eps=eps)
-        + rank_weight * rank_loss(q, fp, top_k=top_k, margin=rank_margin)
-        + margin_weight * margin_loss(q, fp, top_k=top_k, boundary=boundary)
+        + rank_weight * rank(q, fp, top_k=top_k, margin=rank_margin)
+        + margin_weight * margin(q, fp, top_k=top_k, boundary=boundary)
     )
 
 

@@ -31,28 +31,28 @@ CASES = [
     ("sigmoid_aware_mse", {"top_k": K}, K),
     ("sigmoid_aware_mse", {"top_k": K, "gamma": 0.0, "eps": 0.0}, K),
     ("sigmoid_aware_mse", {"top_k": E, "gamma": 2.5}, E),
-    ("rank_loss", {"top_k": K}, K),
-    ("rank_loss", {"top_k": K, "margin": 0.7}, K),
-    ("rank_loss", {"top_k": 1}, 1),
-    ("margin_loss", {"top_k": K}, K + 1),
-    ("margin_loss", {"top_k": K, "boundary": 4}, K + 4),
-    ("margin_loss", {"top_k": E - 1, "boundary": 4}, E),
-    ("margin_loss", {"top_k": E}, E),
-    ("pairwise_margin_loss", {"top_k": K}, K + 1),
-    ("pairwise_margin_loss", {"top_k": K, "boundary": 20}, E),
-    ("pairwise_margin_loss", {"top_k": 1, "boundary": 1}, 2),
+    ("rank", {"top_k": K}, K),
+    ("rank", {"top_k": K, "margin": 0.7}, K),
+    ("rank", {"top_k": 1}, 1),
+    ("margin", {"top_k": K}, K + 1),
+    ("margin", {"top_k": K, "boundary": 4}, K + 4),
+    ("margin", {"top_k": E - 1, "boundary": 4}, E),
+    ("margin", {"top_k": E}, E),
+    ("pairwise_margin", {"top_k": K}, K + 1),
+    ("pairwise_margin", {"top_k": K, "boundary": 20}, E),
+    ("pairwise_margin", {"top_k": 1, "boundary": 1}, 2),
     ("router_kl", {}, E),
     ("router_kl", {"top_m": 4}, 4),
     ("mse_kl", {}, E),
     ("mse_kl", {"kl_weight": 0.3, "top_m": 4}, E),
-    ("vsraq_loss", {"top_k": K}, K + 1),
-    ("vsraq_loss", {"top_k": 1, "alpha": 1.0, "boundary": 3}, 4),
-    ("vsraq_loss", {"top_k": E, "rank_margin": 0.2, "margin_weight": 2.0}, E),
+    ("vsraq", {"top_k": K}, K + 1),
+    ("vsraq", {"top_k": 1, "alpha": 1.0, "boundary": 3}, 4),
+    ("vsraq", {"top_k": E, "rank_margin": 0.2, "margin_weight": 2.0}, E),
 ]
 IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in h.items())}" for name, h, _ in CASES]
 each_loss = pytest.mark.parametrize(("name", "hyper", "ranks"), CASES, ids=IDS)
 
-SHIFT_INVARIANT = {"margin_loss", "pairwise_margin_loss", "router_kl", "rank_loss"}
+SHIFT_INVARIANT = {"margin", "pairwise_margin", "router_kl", "rank"}
 
 
 @pytest.fixture
@@ -107,12 +107,12 @@ def test_zero_at_equality_and_never_negative(name, hyper, ranks, logits):
     loss = getattr(losses, name)
     assert (loss(q, fp, **hyper) >= 0).all()
     at_equality = loss(fp, fp, **hyper)
-    if name == "vsraq_loss":  # its rank term is what remains
-        rank = losses.rank_loss(
+    if name == "vsraq":  # its rank term is what remains
+        rank = losses.rank(
             fp, fp, top_k=hyper["top_k"], margin=hyper.get("rank_margin", 0.0)
         )
         torch.testing.assert_close(at_equality, 0.01 * rank)
-    elif name != "rank_loss":
+    elif name != "rank":
         assert at_equality.abs().max() < 1e-15
 
 
@@ -172,11 +172,11 @@ def test_values_computed_by_hand():
     assert losses.topk_mse(q, fp, top_k=2).item() == pytest.approx(0.625)
     assert losses.topk_mse(q, fp, top_k=1, multiplier=3).item() == pytest.approx(0.75)
     # boundary margin: q 1.5 - 1 = 0.5, fp 1 - 0 = 1
-    assert losses.margin_loss(q, fp, top_k=2).item() == pytest.approx(0.25)
+    assert losses.margin(q, fp, top_k=2).item() == pytest.approx(0.25)
     # pairs of the errors -1, 0.5, 1: 1.5^2, 2^2, 0.5^2
-    pairwise = losses.pairwise_margin_loss(q, fp, top_k=2)
+    pairwise = losses.pairwise_margin(q, fp, top_k=2)
     assert pairwise.item() == pytest.approx(6.5 / 3)
-    rank = losses.rank_loss(q, fp, top_k=2)
+    rank = losses.rank(q, fp, top_k=2)
     assert rank.item() == pytest.approx(math.log1p(math.exp(-0.5)))
     kl = losses.router_kl(torch.zeros(2), torch.tensor([math.log(3.0), 0.0]))
     assert kl.item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
@@ -197,7 +197,7 @@ def test_ties_go_to_the_lower_index():
 def test_no_gradient_reaches_the_full_precision_logits(logits):
     q, fp = logits
     fp.requires_grad_()
-    assert not losses.vsraq_loss(q, fp, top_k=K).requires_grad
+    assert not losses.vsraq(q, fp, top_k=K).requires_grad
 
 
 @pytest.mark.parametrize("mask", [torch.zeros(T), torch.zeros(T, dtype=torch.bool)])
@@ -221,13 +221,13 @@ MODULES = [
     (TopKMSELoss(K), "topk_mse", {"top_k": K}),
     (TopKMSELoss(K, "all"), "topk_mse", {"top_k": K, "multiplier": "all"}),
     (SigmoidAwareLoss(K), "sigmoid_aware_mse", {"top_k": K}),
-    (RankLoss(K, margin=0.5), "rank_loss", {"top_k": K, "margin": 0.5}),
-    (MarginLoss(K, boundary=2), "margin_loss", {"top_k": K, "boundary": 2}),
-    (PairwiseMarginLoss(K), "pairwise_margin_loss", {"top_k": K}),
+    (RankLoss(K, margin=0.5), "rank", {"top_k": K, "margin": 0.5}),
+    (MarginLoss(K, boundary=2), "margin", {"top_k": K, "boundary": 2}),
+    (PairwiseMarginLoss(K), "pairwise_margin", {"top_k": K}),
     (RouterKLLoss(top_m=5), "router_kl", {"top_m": 5}),
     (MSEKLLoss(kl_weight=0.5), "mse_kl", {"kl_weight": 0.5}),
     (SRALoss(K), "topk_mse", {"top_k": K, "multiplier": 3}),
-    (VSRAQLoss(K), "vsraq_loss", {"top_k": K}),
+    (VSRAQLoss(K), "vsraq", {"top_k": K}),
 ]
 
 
@@ -258,15 +258,15 @@ BAD_VALUES = [
     ("topk_mse", {"top_k": K, "multiplier": "some"}, r"multiplier='some'"),
     ("sigmoid_aware_mse", {"top_k": K, "gamma": math.nan}, r"gamma=nan"),
     ("sigmoid_aware_mse", {"top_k": K, "eps": -1.0}, r"eps=-1.0: .* >= 0"),
-    ("rank_loss", {"top_k": K, "margin": math.inf}, r"margin=inf"),
-    ("margin_loss", {"top_k": K, "boundary": 0}, r"boundary=0"),
-    ("pairwise_margin_loss", {"top_k": E + 1}, rf"top_k={E + 1}"),
+    ("rank", {"top_k": K, "margin": math.inf}, r"margin=inf"),
+    ("margin", {"top_k": K, "boundary": 0}, r"boundary=0"),
+    ("pairwise_margin", {"top_k": E + 1}, rf"top_k={E + 1}"),
     ("router_kl", {"top_m": 0}, r"top_m=0"),
     ("router_kl", {"top_m": E + 1}, rf"top_m={E + 1}: allowed is 1 to num_experts={E}"),
     ("mse_kl", {"kl_weight": -1.0}, r"kl_weight=-1.0: .* >= 0"),
-    ("vsraq_loss", {"top_k": K, "alpha": 1.5}, r"alpha=1.5: allowed is .* 0 to 1"),
-    ("vsraq_loss", {"top_k": K, "alpha": math.nan}, r"alpha=nan"),
-    ("vsraq_loss", {"top_k": K, "rank_weight": "1"}, r"rank_weight='1'"),
+    ("vsraq", {"top_k": K, "alpha": 1.5}, r"alpha=1.5: allowed is .* 0 to 1"),
+    ("vsraq", {"top_k": K, "alpha": math.nan}, r"alpha=nan"),
+    ("vsraq", {"top_k": K, "rank_weight": "1"}, r"rank_weight='1'"),
 ]
 
 
@@ -329,13 +329,13 @@ def test_another_ranking_chooses_which_logits_are_compared():
     torch.testing.assert_close(loss, expected)
     error = (q_logits - fp_logits).gather(-1, ranking)
     expected = (error[:, K - 1] - error[:, K]).square()
-    loss = losses.margin_loss(q_logits, ranked, top_k=K)
+    loss = losses.margin(q_logits, ranked, top_k=K)
     torch.testing.assert_close(loss, expected)
     # the order among the chosen stays that of the logits, or it would fight them
     by_logits = first.gather(-1, fp_logits.gather(-1, first).argsort(-1, True))
     gaps = q_logits.gather(-1, by_logits).diff()
     expected = torch.nn.functional.softplus(gaps).mean(-1)
-    torch.testing.assert_close(losses.rank_loss(q_logits, ranked, top_k=K), expected)
+    torch.testing.assert_close(losses.rank(q_logits, ranked, top_k=K), expected)
 
 
 def test_all_ranks_in_any_order_give_the_logits_back():

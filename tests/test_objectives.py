@@ -23,7 +23,7 @@ def test_a_named_objective_reads_no_more_ranks_than_it_says(name):
 def test_names_are_the_losses_with_the_papers_values():
     q, fp = torch.randn(5, E), torch.randn(5, E)
     expected = {
-        "vsraq": losses.vsraq_loss(q, fp, top_k=K),
+        "vsraq": losses.vsraq(q, fp, top_k=K),
         "topk_mse": losses.topk_mse(q, fp, top_k=K),
         "top3k_mse": losses.topk_mse(q, fp, top_k=K, multiplier=3),
         "ra": losses.topk_mse(q, fp, top_k=K, multiplier=3),
@@ -32,9 +32,9 @@ def test_names_are_the_losses_with_the_papers_values():
         "full_mse": losses.topk_mse(q, fp, top_k=K, multiplier="all"),
         "mse_kl": losses.mse_kl(q, fp),
         "sigmoid_aware_mse": losses.sigmoid_aware_mse(q, fp, top_k=K),
-        "rank": losses.rank_loss(q, fp, top_k=K),
-        "margin": losses.margin_loss(q, fp, top_k=K),
-        "pairwise_margin": losses.pairwise_margin_loss(q, fp, top_k=K),
+        "rank": losses.rank(q, fp, top_k=K),
+        "margin": losses.margin(q, fp, top_k=K),
+        "pairwise_margin": losses.pairwise_margin(q, fp, top_k=K),
         "router_kl": losses.router_kl(q, fp),
         "input_mse": losses.input_mse(q, fp),
     }

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from wrapt import when_imported
 
 if TYPE_CHECKING:
-    from vsraq.autoround import VSRAQConfig, select_tokens
+    from vsraq.autoround.config import VSRAQConfig
+    from vsraq.autoround.select_tokens import select_tokens
     from vsraq.objectives import OBJECTIVES, Objective
     from vsraq.realignment import realign_routers
     from vsraq.routers import Router, find_routers

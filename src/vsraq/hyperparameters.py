@@ -24,7 +24,7 @@ def _is_finite(value: Any) -> bool:
 _POSITIVE_INT = (lambda v: _is_int(v) and v >= 1, "a positive int")
 _FINITE = (_is_finite, "a finite number")
 _NOT_NEGATIVE = (lambda v: _is_finite(v) and v >= 0, "a finite number >= 0")
-_ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
+ALLOWED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "top_k": _POSITIVE_INT,
     "boundary": _POSITIVE_INT,
     "multiplier": (
@@ -50,6 +50,6 @@ def check_hyperparameters(**hyperparameters: Any) -> None:
         ValueError: One is not allowed, with its name, value and what is allowed.
     """
     for name, value in hyperparameters.items():
-        is_allowed, allowed = _ALLOWED.get(name, (lambda _: True, ""))
+        is_allowed, allowed = ALLOWED.get(name, (lambda _: True, ""))
         if not is_allowed(value):
             raise ValueError(f"{name}={value!r}: allowed is {allowed}")

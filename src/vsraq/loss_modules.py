@@ -9,20 +9,9 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from vsraq import losses
 from vsraq.hyperparameters import check_hyperparameters
-from vsraq.losses import (
-    FpLogits,
-    TokenLoss,
-    margin_loss,
-    mse_kl,
-    pairwise_margin_loss,
-    rank_loss,
-    reduce_tokens,
-    router_kl,
-    sigmoid_aware_mse,
-    topk_mse,
-    vsraq_loss,
-)
+from vsraq.losses import FpLogits, TokenLoss, reduce_tokens
 
 
 class RouterLoss(nn.Module):
@@ -70,56 +59,56 @@ class TopKMSELoss(RouterLoss):
     """`topk_mse` as a module (VSRAQ Eq. 7; SRA Table 3 for other multipliers)."""
 
     def __init__(self, top_k: int, multiplier: int | Literal["all"] = 1) -> None:
-        super().__init__(topk_mse, top_k=top_k, multiplier=multiplier)
+        super().__init__(losses.topk_mse, top_k=top_k, multiplier=multiplier)
 
 
 class SigmoidAwareLoss(RouterLoss):
     """`sigmoid_aware_mse` as a module (VSRAQ Eq. 8-10)."""
 
     def __init__(self, top_k: int, gamma: float = 1.0, eps: float = 1e-3) -> None:
-        super().__init__(sigmoid_aware_mse, top_k=top_k, gamma=gamma, eps=eps)
+        super().__init__(losses.sigmoid_aware_mse, top_k=top_k, gamma=gamma, eps=eps)
 
 
 class RankLoss(RouterLoss):
-    """`rank_loss` as a module (VSRAQ Eq. 13)."""
+    """`rank` as a module (VSRAQ Eq. 13)."""
 
     def __init__(self, top_k: int, margin: float = 0.0) -> None:
-        super().__init__(rank_loss, top_k=top_k, margin=margin)
+        super().__init__(losses.rank, top_k=top_k, margin=margin)
 
 
 class MarginLoss(RouterLoss):
-    """`margin_loss` as a module (VSRAQ Eq. 14-15)."""
+    """`margin` as a module (VSRAQ Eq. 14-15)."""
 
     def __init__(self, top_k: int, boundary: int = 1) -> None:
-        super().__init__(margin_loss, top_k=top_k, boundary=boundary)
+        super().__init__(losses.margin, top_k=top_k, boundary=boundary)
 
 
 class PairwiseMarginLoss(RouterLoss):
-    """`pairwise_margin_loss` as a module (a reconstruction of DREAM-MoE)."""
+    """`pairwise_margin` as a module (a reconstruction of DREAM-MoE)."""
 
     def __init__(self, top_k: int, boundary: int = 1) -> None:
-        super().__init__(pairwise_margin_loss, top_k=top_k, boundary=boundary)
+        super().__init__(losses.pairwise_margin, top_k=top_k, boundary=boundary)
 
 
 class RouterKLLoss(RouterLoss):
     """`router_kl` as a module (EAQuant)."""
 
     def __init__(self, top_m: int | None = None) -> None:
-        super().__init__(router_kl, top_m=top_m)
+        super().__init__(losses.router_kl, top_m=top_m)
 
 
 class MSEKLLoss(RouterLoss):
     """`mse_kl` as a module (EAQuant)."""
 
     def __init__(self, kl_weight: float = 1.0, top_m: int | None = None) -> None:
-        super().__init__(mse_kl, kl_weight=kl_weight, top_m=top_m)
+        super().__init__(losses.mse_kl, kl_weight=kl_weight, top_m=top_m)
 
 
 class SRALoss(RouterLoss):
     """Top-3K MSE over the selected tokens (SRA Eq. 8-9); its mask is required."""
 
     def __init__(self, top_k: int, multiplier: int | Literal["all"] = 3) -> None:
-        super().__init__(topk_mse, top_k=top_k, multiplier=multiplier)
+        super().__init__(losses.topk_mse, top_k=top_k, multiplier=multiplier)
 
     def forward(
         self, q_logits: Tensor, fp_logits: FpLogits, mask: Tensor | None = None
@@ -138,7 +127,7 @@ class SRALoss(RouterLoss):
 
 
 class VSRAQLoss(RouterLoss):
-    """`vsraq_loss` as a module (VSRAQ Eq. 17, defaults of Table 1)."""
+    """`vsraq` as a module (VSRAQ Eq. 17, defaults of Table 1)."""
 
     def __init__(
         self,
@@ -152,7 +141,7 @@ class VSRAQLoss(RouterLoss):
         margin_weight: float = 0.05,
     ) -> None:
         super().__init__(
-            vsraq_loss,
+            losses.vsraq,
             top_k=top_k,
             boundary=boundary,
             alpha=alpha,

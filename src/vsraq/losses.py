@@ -10,6 +10,7 @@ runs in float32 (float64 for float64 input) and is differentiable in `q_logits`.
 `fp_logits` may be a `RankedLogits` instead of the full tensor: the first m ranks only,
 which is all that most losses read and far less to store per calibration token.
 
+Names are those of `vsraq.OBJECTIVES`; call them as `losses.margin(...)`.
 Sources: "VSRAQ" is arXiv:2606.05688, "SRA" is Selective Router Alignment.
 """
 
@@ -91,7 +92,7 @@ def sigmoid_aware_mse(
     return (weight * (q.sigmoid() - p).square()).mean(-1)
 
 
-def rank_loss(
+def rank(
     q_logits: Tensor, fp_logits: FpLogits, *, top_k: int, margin: float = 0.0
 ) -> Tensor:
     """Keep the order of the selected experts.
@@ -121,7 +122,7 @@ def rank_loss(
     return F.softplus(margin - gaps).sum(-1) / max(top_k - 1, 1)
 
 
-def margin_loss(
+def margin(
     q_logits: Tensor, fp_logits: FpLogits, *, top_k: int, boundary: int = 1
 ) -> Tensor:
     """Keep the margins between the last selected and the nearest unselected experts.
@@ -150,7 +151,7 @@ def margin_loss(
     return difference.square().sum(-1) / max(m - top_k, 1)
 
 
-def pairwise_margin_loss(
+def pairwise_margin(
     q_logits: Tensor, fp_logits: FpLogits, *, top_k: int, boundary: int = 1
 ) -> Tensor:
     """Keep every margin among the selected and the nearest unselected experts.
@@ -264,7 +265,7 @@ def input_mse(q_inputs: Tensor, fp_inputs: Tensor) -> Tensor:
     return (computed(q_inputs) - computed(fp_inputs)).square().mean(-1)
 
 
-def vsraq_loss(
+def vsraq(
     q_logits: Tensor,
     fp_logits: FpLogits,
     *,
@@ -279,8 +280,8 @@ def vsraq_loss(
 ) -> Tensor:
     """Value and structure alignment: the whole router loss of VSRAQ, Eq. 17.
 
-    (1 - alpha) topk_mse + alpha sigmoid_aware_mse + rank_weight rank_loss
-    + margin_weight margin_loss (Eq. 11 and 16), defaults from Table 1.
+    (1 - alpha) topk_mse + alpha sigmoid_aware_mse + rank_weight rank
+    + margin_weight margin (Eq. 11 and 16), defaults from Table 1.
 
     Args:
         q_logits: Quantized router logits, (..., E).
@@ -317,9 +318,9 @@ def vsraq_loss(
     )
     value = (1 - alpha) * topk_mse(q_logits, fp_logits, top_k=top_k)
     value = value + alpha * sigmoid_aware
-    rank = rank_loss(q_logits, fp_logits, top_k=top_k, margin=rank_margin)
-    margin = margin_loss(q_logits, fp_logits, top_k=top_k, boundary=boundary)
-    return value + rank_weight * rank + margin_weight * margin
+    order = rank(q_logits, fp_logits, top_k=top_k, margin=rank_margin)
+    margins = margin(q_logits, fp_logits, top_k=top_k, boundary=boundary)
+    return value + rank_weight * order + margin_weight * margins
 
 
 def reduce_tokens(loss: Tensor, mask: Tensor | None = None) -> Tensor:

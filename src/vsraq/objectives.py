@@ -14,22 +14,9 @@ from typing import Any, TypeAlias, get_args
 
 from torch import Tensor
 
+from vsraq import losses
 from vsraq.hyperparameters import check_hyperparameters
-from vsraq.losses import (
-    FpLogits,
-    TokenLoss,
-    boundary_ranks,
-    input_mse,
-    margin_loss,
-    mse_kl,
-    multiplied_ranks,
-    pairwise_margin_loss,
-    rank_loss,
-    router_kl,
-    sigmoid_aware_mse,
-    topk_mse,
-    vsraq_loss,
-)
+from vsraq.losses import FpLogits, TokenLoss, boundary_ranks, multiplied_ranks
 from vsraq.ranks import rank_logits
 from vsraq.routers import Compared
 
@@ -163,23 +150,27 @@ OBJECTIVES: Mapping[str, Objective] = MappingProxyType(
     {
         o.name: o
         for o in (
-            Objective("vsraq", vsraq_loss, {}, _near_boundary),
-            Objective("topk_mse", topk_mse, {"multiplier": 1}, _multiplied),
-            Objective("top3k_mse", topk_mse, {"multiplier": 3}, _multiplied),
-            Objective("top2k_mse", topk_mse, {"multiplier": 2}, _multiplied),
-            Objective("full_mse", topk_mse, {"multiplier": "all"}, _multiplied),
+            Objective("vsraq", losses.vsraq, {}, _near_boundary),
+            Objective("topk_mse", losses.topk_mse, {"multiplier": 1}, _multiplied),
+            Objective("top3k_mse", losses.topk_mse, {"multiplier": 3}, _multiplied),
+            Objective("top2k_mse", losses.topk_mse, {"multiplier": 2}, _multiplied),
+            Objective("full_mse", losses.topk_mse, {"multiplier": "all"}, _multiplied),
             # uniform router alignment, what SRA is compared with
-            Objective("ra", topk_mse, {"multiplier": 3}, _multiplied),
+            Objective("ra", losses.topk_mse, {"multiplier": 3}, _multiplied),
             Objective(
-                "sra", topk_mse, {"multiplier": 3}, _multiplied, selects_tokens=True
+                "sra",
+                losses.topk_mse,
+                {"multiplier": 3},
+                _multiplied,
+                selects_tokens=True,
             ),
-            Objective("sigmoid_aware_mse", sigmoid_aware_mse, {}, _top_k_ranks),
-            Objective("rank", rank_loss, {}, _top_k_ranks),
-            Objective("margin", margin_loss, {}, _near_boundary),
-            Objective("pairwise_margin", pairwise_margin_loss, {}, _near_boundary),
-            Objective("router_kl", router_kl, {}, _top_m_ranks),
-            Objective("mse_kl", mse_kl, {}, _all_ranks),
-            Objective("input_mse", input_mse, compares="inputs"),
+            Objective("sigmoid_aware_mse", losses.sigmoid_aware_mse, {}, _top_k_ranks),
+            Objective("rank", losses.rank, {}, _top_k_ranks),
+            Objective("margin", losses.margin, {}, _near_boundary),
+            Objective("pairwise_margin", losses.pairwise_margin, {}, _near_boundary),
+            Objective("router_kl", losses.router_kl, {}, _top_m_ranks),
+            Objective("mse_kl", losses.mse_kl, {}, _all_ranks),
+            Objective("input_mse", losses.input_mse, compares="inputs"),
         )
     }
 )
