@@ -91,7 +91,7 @@ def test_a_failed_save_leaves_nothing(tmp_path, monkeypatch):
     path = tmp_path / "mask.safetensors"
     mask.save(path)
     before = path.read_bytes()
-    monkeypatch.setattr("vsraq.tokens.mask.os.replace", None)
+    monkeypatch.setattr("vsraq.whole_file.os.replace", None)
     with pytest.raises(TypeError):
         some_mask(tau=0.5).save(path)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]

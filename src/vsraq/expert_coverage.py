@@ -8,7 +8,6 @@ Shapes: T tokens, K top-k, E experts.
 """
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vsraq.processes import sum_over_processes
+from vsraq.whole_file import write_whole
 
 FILE_NAME = "expert_coverage.json"
 
@@ -113,7 +113,5 @@ class ExpertCoverage:
         """
         path = Path(folder) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps(self.as_dict(), indent=1))
-        os.replace(unfinished, path)
+        write_whole(path, json.dumps(self.as_dict(), indent=1))
         return path

@@ -10,7 +10,6 @@ with the names and the bytes as they are stored.
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from vsraq.routers import linear_map
+from vsraq.whole_file import write_whole
 
 
 def router_weight(name: str, module: nn.Module) -> tuple[str, Tensor]:
@@ -114,14 +114,4 @@ def write_record(folder: Path, digests: Mapping[str, str]) -> None:
     if digests:
         config["vsraq"] = realignment_record(digests)
     if config.get("vsraq") != before:
-        write_atomically(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file whole or not at all, even if the process or machine dies."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+        write_whole(path, json.dumps(config, indent=2, sort_keys=True) + "\n")

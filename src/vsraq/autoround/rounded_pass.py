@@ -19,7 +19,6 @@ from auto_round.algorithms.block_runner import BlockForwardRunner
 from auto_round.algorithms.composer import AlgorithmComposer
 from auto_round.calibration.inputs import preprocess_block_inputs
 from auto_round.calibration.utils import _update_inputs
-from auto_round.compressors.utils import is_nv_fp
 from auto_round.data_type.utils import update_block_global_scale_if_needed
 from auto_round.utils import (
     SUPPORTED_LAYER_TYPES,
@@ -35,6 +34,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from vsraq.autoround.activation_ranges import needs_activation_ranges
 from vsraq.autoround.block_copy import copy_block, split_experts
 from vsraq.autoround.rounded_layer import copy_of, own_weight, rounded_layer
 from vsraq.capture import RouterCapture
@@ -237,8 +237,9 @@ class RoundedPass:
     def round_to_nearest(self, name: str, block: nn.Module) -> None:
         """Turn the copy into what AutoRound's RTN makes of the block."""
         scheme = self.composer.scheme
-        if scheme.act_data_type is not None or self.needs_activation_ranges:
-            if self.needs_activation_ranges:
+        needs_ranges = needs_activation_ranges(scheme)
+        if scheme.act_data_type is not None or needs_ranges:
+            if needs_ranges:
                 set_amax_for_all_moe_layers(block, attr_name="act_max")
             update_block_global_scale_if_needed(
                 block, scheme.data_type, scheme.group_size
@@ -249,13 +250,6 @@ class RoundedPass:
                 if layer.weight.data_ptr() in shared:
                     layer.weight = own_weight(layer.weight)
                 set_module(block, layer_name, rounded_layer(layer, self.runner.device))
-
-    @property
-    def needs_activation_ranges(self) -> bool:
-        """Whether activation scales come from all calibration tokens."""
-        scheme = self.composer.scheme
-        static = scheme.act_dynamic is not None and not scheme.act_dynamic
-        return static or is_nv_fp(scheme.act_data_type)
 
     @contextmanager
     def rounded_head(self, head: OutputHead) -> Iterator[OutputHead]:
@@ -277,7 +271,7 @@ class RoundedPass:
         if not rounded:
             yield head
             return
-        if self.needs_activation_ranges:
+        if needs_activation_ranges(self.composer.scheme):
             raise NotImplementedError(
                 f"{', '.join(rounded)}: quantized outside of the blocks, with an "
                 "activation scale that only all tokens together give; allowed with "

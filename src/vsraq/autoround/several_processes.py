@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
-from auto_round.compressors.utils import is_nv_fp
 from auto_round.utils.device_manager import device_manager
 from auto_round.wrapper import WrapperLinear
 from torch import Tensor, nn
 
+from vsraq.autoround.activation_ranges import needs_activation_ranges
 from vsraq.autoround.process_checks import check_equal_weights
 from vsraq.processes import (
     gather,
@@ -77,9 +77,7 @@ class SeveralProcesses(SignRoundQuantizer):
         Before the block is tuned would be too late: behind the forward AutoRound gives
         experts that got no token here the largest range of all experts.
         """
-        scheme = self.scheme
-        static = scheme.act_dynamic is not None and not scheme.act_dynamic
-        if process_count() == 1 or not (static or is_nv_fp(scheme.act_data_type)):
+        if process_count() == 1 or not needs_activation_ranges(self.scheme):
             return []
         return [_AfterForward(lambda: share_activation_maxima(block))]
 

@@ -7,7 +7,6 @@ those, one file per block.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
+
+from vsraq.whole_file import write_whole
 
 _FOLDER = "vsraq_blocks"
 _ROUTER, _COUNT = "router", "count"
@@ -62,13 +63,7 @@ class BlockRecords:
         }
         content = save(contiguous, {"shards": json.dumps(list(record.shards))})
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._path(block)
-        unfinished = path.with_suffix(".unfinished")
-        with unfinished.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        write_whole(self._path(block), content)
 
     def read(self, block: str) -> BlockRecord | None:
         """The record of a block, or None if it was not tuned to its end."""

@@ -26,9 +26,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from vsraq.realignment_record import write_atomically
 from vsraq.resume.block_records import BlockRecord, BlockRecords
 from vsraq.resume.output_folder import refuse_leftovers, weight_files
+from vsraq.whole_file import write_whole
 
 logger = logging.getLogger("autoround.vsraq")
 
@@ -159,7 +159,7 @@ class ResumableRun:
         self._records.clear()
         run_id = secrets.token_hex(8)
         content = {"run": run_id, "settings": self._settings}
-        write_atomically(run, json.dumps(content, indent=2, sort_keys=True))
+        write_whole(run, json.dumps(content, indent=2, sort_keys=True))
         return 0, run_id
 
     def _compare(self, stored: Mapping[str, str]) -> None:
@@ -189,7 +189,7 @@ class ResumableRun:
                 )
         self._output.mkdir(parents=True, exist_ok=True)
         content = {"run": run_id, "resume_dir": str(self._directory)}
-        write_atomically(marker, json.dumps(content))
+        write_whole(marker, json.dumps(content))
 
     # ── Where it goes on ─────────────────────────────────────────────────────
 
@@ -199,7 +199,7 @@ class ResumableRun:
         content["completed_blocks"] = content["completed_blocks"][:-1]
         done = len(content["completed_blocks"])
         if done:
-            write_atomically(manifest, json.dumps(content))
+            write_whole(manifest, json.dumps(content))
         else:
             manifest.unlink()
         return done

@@ -9,7 +9,6 @@ Shapes: T tokens, S tokens of one sample.
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -18,10 +17,11 @@ from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from vsraq.tokens.sampling import Sampling
+from vsraq.whole_file import write_whole
 
 _FORMAT = "vsraq token mask 1"
 
@@ -181,7 +181,6 @@ class TokenMask:
         Args:
             path: The file; its folder must exist.
         """
-        path = Path(path)
         tensors = {
             "selected": torch.cat(self.masks),
             "lengths": torch.tensor([mask.numel() for mask in self.masks]),
@@ -196,13 +195,7 @@ class TokenMask:
             "vsraq": self.vsraq,
             "hashes": json.dumps(self.hashes),
         }
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            save_file(tensors, temporary, metadata)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        write_whole(Path(path), save(tensors, metadata))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
