@@ -161,7 +161,7 @@ def kept_bytes(config: Any) -> int:
     from transformers import SolarOpenConfig
 
     public = SolarOpenConfig()
-    from vsraq.refit_logits import REFIT_BYTES
+    from vsraq.realignment.logits import REFIT_BYTES
 
     top_k, experts = public.num_experts_per_tok, public.n_routed_experts
     bytes_per_token = 0

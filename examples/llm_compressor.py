@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vsraq import VSRAQConfig, find_routers
 from vsraq.checkpoint import verify
-from vsraq.realignment_record import record_realignment, router_weight, write_record
+from vsraq.realignment.record import record_realignment, router_weight, write_record
 
 
 class RouterAlignedModifier(AutoRoundModifier):

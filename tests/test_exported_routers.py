@@ -14,8 +14,8 @@ import tiny
 from vsraq import VSRAQConfig
 from vsraq.autoround import VSRAQQuantizer
 from vsraq.checkpoint import load_model
-from vsraq.exported_routers import restore_refitted_routers
 from vsraq.realignment import realign_routers
+from vsraq.realignment.exported_routers import restore_refitted_routers
 from vsraq.routers import find_routers
 
 

@@ -11,8 +11,8 @@ from torch import nn
 
 import tiny
 from vsraq.capture import RouterCapture
-from vsraq.error_weights import error_weights
 from vsraq.realignment import RidgeSums, realign_routers, refit_router
+from vsraq.realignment.error_weights import error_weights
 from vsraq.routers import (
     BoundRouter,
     Router,

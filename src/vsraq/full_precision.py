@@ -12,7 +12,7 @@ from vsraq.capture import RouterCapture
 from vsraq.objectives import Objective
 from vsraq.options import Alignment, RankBy
 from vsraq.ranks import FpTarget
-from vsraq.refit_logits import RefitLogits
+from vsraq.realignment.logits import RefitLogits
 from vsraq.router_terms import BlockTensors, split_samples
 from vsraq.routers import BoundRouter, Compared, Router
 

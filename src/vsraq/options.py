@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-from vsraq.error_weights import Weighting
 from vsraq.objectives import Objective, ObjectiveLike, get_objective
 from vsraq.realignment import DEFAULT_RIDGE
+from vsraq.realignment.error_weights import Weighting
 from vsraq.strict import refuse_unknown
 from vsraq.tokens import TokenMask
 
@@ -83,7 +83,7 @@ class RefitSettings:
 
     Attributes:
         ridge: Ridge of the re-fit, as a fraction of the mean diagonal of X^T X.
-        weighting: Which errors of the logits it counts; see `vsraq.error_weights`.
+        weighting: Which errors of the logits it counts; see `error_weights`.
     """
 
     ridge: float = field(default=DEFAULT_RIDGE, metadata=_POSITIVE)

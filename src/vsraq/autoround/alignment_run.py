@@ -31,10 +31,10 @@ from vsraq.autoround.process_checks import (
     model_settings,
 )
 from vsraq.autoround.resumable import export_folders, open_run
-from vsraq.exported_routers import restore_refitted_routers
 from vsraq.hybrids import adapt_attention_mask
 from vsraq.processes import process_count
-from vsraq.realignment_record import drop_record, record_realignment
+from vsraq.realignment.exported_routers import restore_refitted_routers
+from vsraq.realignment.record import drop_record, record_realignment
 from vsraq.resume.block_records import BlockRecord
 from vsraq.resume.guard import ResumableRun
 from vsraq.resume.output_folder import set_leftovers_aside

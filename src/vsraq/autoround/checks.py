@@ -10,9 +10,9 @@ from auto_round.utils import check_to_quantized, get_block_names
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from vsraq.error_weights import check_weighted_size
 from vsraq.objectives import Objective
 from vsraq.options import Alignment
+from vsraq.realignment.error_weights import check_weighted_size
 from vsraq.routers import (
     Router,
     expert_containers,
@@ -90,7 +90,7 @@ def check_weighting(
     """Refuse a weighted re-fit that is too large, before the first block is tuned.
 
     Raises:
-        ValueError: Its sums would be larger than `vsraq.error_weights.WEIGHTED_LIMIT`.
+        ValueError: Its sums would be larger than `error_weights.WEIGHTED_LIMIT`.
     """
     if alignment.refit is None or alignment.refit.weighting == "uniform":
         return

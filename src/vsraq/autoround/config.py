@@ -75,7 +75,7 @@ class VSRAQConfig(SignRoundConfig):
         realign_routers: Re-fit each router after its block is tuned. A mapping turns it
             on and says how: "ridge" is a fraction of the mean diagonal of X^T X, 1e-3;
             "weighting" says which errors of the logits count, "uniform", "top_3k" or
-            "boundary" (see `vsraq.error_weights.error_weights`).
+            "boundary" (see `vsraq.realignment.error_weights.error_weights`).
         min_tokens_per_expert: Experts that get fewer calibration tokens than this are
             named at the end of the run; None is 1.
         on_unreached: "warn" of them (None), or end the run at the first block that

@@ -17,7 +17,7 @@ from auto_round import envs
 from torch import Tensor, nn
 
 from vsraq.processes import gather, is_first_process, process_count
-from vsraq.realignment_record import tensor_bytes
+from vsraq.realignment.record import tensor_bytes
 
 if TYPE_CHECKING:
     from auto_round.algorithms.composer import AlgorithmComposer

@@ -28,9 +28,9 @@ from vsraq.autoround.alignment_run import AlignmentRun
 from vsraq.autoround.block_tuning import BlockTuning
 from vsraq.autoround.config import VSRAQConfig
 from vsraq.autoround.several_processes import SeveralProcesses
-from vsraq.exported_routers import around_saving
 from vsraq.full_precision import FpRouters, FullPrecisionCapture
 from vsraq.processes import with_common_value
+from vsraq.realignment.exported_routers import around_saving
 from vsraq.resume.disk_errors import explain_disk_errors
 from vsraq.router_terms import BlockTensors
 from vsraq.run_inside import run_inside

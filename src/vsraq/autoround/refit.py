@@ -13,8 +13,8 @@ from vsraq.capture import router_input
 from vsraq.full_precision import eager
 from vsraq.options import RefitSettings
 from vsraq.realignment import refit_router
-from vsraq.realignment_record import router_weight
-from vsraq.refit_logits import REFIT_BYTES
+from vsraq.realignment.logits import REFIT_BYTES
+from vsraq.realignment.record import router_weight
 from vsraq.router_terms import BlockTensors
 from vsraq.routers import BoundRouter
 from vsraq.tokens.counted import CountedTokens

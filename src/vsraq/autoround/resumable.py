@@ -13,7 +13,7 @@ from auto_round.compressors.utils import _get_save_folder_name
 from auto_round.utils import get_block_names
 from torch import Tensor
 
-from vsraq.realignment_record import tensor_bytes
+from vsraq.realignment.record import tensor_bytes
 from vsraq.resume.guard import ResumableRun
 from vsraq.resume.output_folder import check_writable, refuse_leftovers
 

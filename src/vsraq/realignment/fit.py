@@ -25,10 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from vsraq.block_stream import Path, open_paths
-from vsraq.error_weights import Weighting, check_weighted_size, error_weights
 from vsraq.metrics import StreamingMean, jaccard
 from vsraq.processes import from_first_process, process_count, sum_over_processes
-from vsraq.realignment_record import record_realignment, router_weight
+from vsraq.realignment.error_weights import (
+    Weighting,
+    check_weighted_size,
+    error_weights,
+)
+from vsraq.realignment.record import record_realignment, router_weight
 from vsraq.routers import BoundRouter, find_routers
 
 DEFAULT_RIDGE = 1e-3
@@ -201,7 +205,7 @@ def refit_router(
             on the quantized path, the full-precision logits, and which tokens count,
             (T,) or None.
         ridge: rho as a fraction of the mean diagonal of X^T X, > 0.
-        weighting: Of the errors that are fitted and judged; see `vsraq.error_weights`.
+        weighting: Of the errors that are fitted and judged; see `error_weights`.
 
     Returns:
         What happened.
@@ -335,7 +339,7 @@ def realign_routers(
         fp_model: The full-precision model, of the same architecture.
         samples: Calibration token ids, each (1, S), without padding.
         ridge: rho as a fraction of the mean diagonal of X^T X, > 0.
-        weighting: Of the squared errors; see `vsraq.error_weights`.
+        weighting: Of the squared errors; see `error_weights`.
 
     Returns:
         One report per router, in model order.
@@ -343,7 +347,7 @@ def realign_routers(
     Raises:
         ValueError: The models' routers differ or there are none, `ridge` is not
             positive, there are fewer than two samples, or `weighting` needs more memory
-            than `vsraq.error_weights.WEIGHTED_LIMIT`.
+            than `vsraq.realignment.error_weights.WEIGHTED_LIMIT`.
     """
     routers = find_routers(fp_model)
     if not routers or routers != find_routers(q_model):

@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from vsraq.realignment_record import (
+from vsraq.realignment.record import (
     digest,
     stored_name,
     tensor_bytes,
