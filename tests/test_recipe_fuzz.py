@@ -10,17 +10,18 @@ from hypothesis import strategies as st
 
 from vsraq.autoround import VSRAQConfig
 from vsraq.autoround.option_types import SignRoundOptions
-from vsraq.autoround.recipe_keys import CalibrationKeys, RecipeKeys, RuntimeKeys
 from vsraq.cli import main
 from vsraq.demo import model_path
-from vsraq.recipe import _arguments, load_recipe, parse_recipe
+from vsraq.recipe import load_recipe, parse_recipe
+from vsraq.recipe.keys import CalibrationKeys, RecipeKeys, RuntimeKeys
+from vsraq.recipe.recipe import config_arguments
 from vsraq.yaml_text import parse_yaml, write_yaml
 
 CONFIGS = [
     re.sub(r"(?m)^#.*\n", "", path.read_text())
     for path in sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 ]
-OPTIONS = sorted(_arguments(VSRAQConfig))
+OPTIONS = sorted(config_arguments(VSRAQConfig))
 SECTIONS = {
     "": list(RecipeKeys.model_fields),
     "algorithm.": OPTIONS,

@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vsraq.analysis import Comparison, compare
-from vsraq.autoround.recipe_keys import Method
 from vsraq.checkpoint import Checkpoint, load_model, verify
 from vsraq.demo import model_path
 from vsraq.demo.text import Split, documents
-from vsraq.recipe import Calibration, Recipe, build
+from vsraq.recipe import Calibration, Method, Recipe, build
 
 ITERS = 50
 SEQLEN = 256

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from auto_round.calib_dataset import CALIB_DATASETS
@@ -25,18 +25,16 @@ from transformers import (
 )
 
 from vsraq.autoround.config import VSRAQConfig
+from vsraq.recipe.recipe import Recipe
 from vsraq.routers import find_routers
 from vsraq.strict import did_you_mean
 from vsraq.tokens import TokenMask
-
-if TYPE_CHECKING:
-    from vsraq.recipe import Recipe
 
 _ENOUGH = 0.9  # of the estimate: what is left out of it is less than that
 
 
 @dataclass(frozen=True)
-class Plan:
+class Estimate:
     """What a run would do, as far as it is known before.
 
     Attributes:
@@ -66,7 +64,7 @@ class Plan:
         )
 
 
-def check_before(recipe: "Recipe") -> Plan:
+def check(recipe: Recipe) -> Estimate:
     """Check everything that a recipe needs, without loading a weight.
 
     Args:
@@ -95,7 +93,7 @@ def check_before(recipe: "Recipe") -> Plan:
         )
     scheme = preview_resolved_attrs(config, recipe.scheme)
     resume_dir = os.environ.get("AR_RESUME_DIR")
-    plan = Plan(
+    plan = Estimate(
         model_type=model_config.model_type,
         routers=len(routers),
         parameters=sum(p.numel() for p in model.parameters()),
@@ -133,7 +131,7 @@ def export_bytes(model: nn.Module, scheme: Mapping[str, Any]) -> int:
     return int(total)
 
 
-def _resume_bytes(config: Any, recipe: "Recipe") -> int:
+def _resume_bytes(config: Any, recipe: Recipe) -> int:
     """AutoRound keeps both streams of hidden states, 16 bits each."""
     hidden = config.get_text_config().hidden_size
     return 2 * 2 * recipe.calibration.nsamples * recipe.calibration.seqlen * hidden
@@ -156,7 +154,7 @@ def _writable(path: str, name: str) -> Path:
         ) from error
 
 
-def _model_config(recipe: "Recipe") -> Any:
+def _model_config(recipe: Recipe) -> Any:
     path = Path(recipe.model)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -187,7 +185,7 @@ def _model_config(recipe: "Recipe") -> Any:
         ) from error
 
 
-def _skeleton(config: Any, recipe: "Recipe") -> nn.Module:
+def _skeleton(config: Any, recipe: Recipe) -> nn.Module:
     larger = (
         type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -199,20 +197,20 @@ def _skeleton(config: Any, recipe: "Recipe") -> nn.Module:
     return model
 
 
-def _check_room(plan: Plan, output: Path, resume_dir: str | None) -> None:
-    needed = plan.export_bytes
+def _check_room(estimate: Estimate, output: Path, resume_dir: str | None) -> None:
+    needed = estimate.export_bytes
     if resume_dir:
         folder = _writable(resume_dir, "AR_RESUME_DIR")
         if folder.stat().st_dev == output.stat().st_dev:
-            needed += plan.resume_bytes
-        elif shutil.disk_usage(folder).free < _ENOUGH * plan.resume_bytes:
+            needed += estimate.resume_bytes
+        elif shutil.disk_usage(folder).free < _ENOUGH * estimate.resume_bytes:
             raise ValueError(
                 f"AR_RESUME_DIR={resume_dir!r}: {_gb(shutil.disk_usage(folder).free)} "
-                f"free, the run needs about {_gb(plan.resume_bytes)} there"
+                f"free, the run needs about {_gb(estimate.resume_bytes)} there"
             )
-    if plan.free_bytes < _ENOUGH * needed:
+    if estimate.free_bytes < _ENOUGH * needed:
         raise ValueError(
-            f"output: {_gb(plan.free_bytes)} free at {output}, the run needs about "
+            f"output: {_gb(estimate.free_bytes)} free at {output}, the run needs about "
             f"{_gb(needed)}; free some, or write to another disk"
         )
 
@@ -221,7 +219,7 @@ def _gb(count: int) -> str:
     return f"{count / 1e9:.3g} GB"
 
 
-def _check_samples(recipe: "Recipe") -> None:
+def _check_samples(recipe: Recipe) -> None:
     """Check that every data set is known, and a single local one large enough."""
     parts = recipe.calibration.dataset.split(",")
     for part in parts:
@@ -256,7 +254,7 @@ def _check_local(name: str) -> None:
         )
 
 
-def _count_samples(recipe: "Recipe", path: Path) -> None:
+def _count_samples(recipe: Recipe, path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(
         recipe.model,
         trust_remote_code=bool(recipe.runtime.get("trust_remote_code", False)),

@@ -16,37 +16,28 @@ arguments of `VSRAQConfig` (or of AutoRound's `SignRoundConfig` with
 """
 
 import inspect
-import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from auto_round import AutoRound
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.schemes import QuantizationScheme
 
 from vsraq.autoround import VSRAQConfig
 from vsraq.autoround.option_types import check_options
-from vsraq.autoround.preflight import Plan, check_before
-from vsraq.autoround.recipe_keys import (
+from vsraq.checkpoint import check_formats
+from vsraq.options import OPTIONS
+from vsraq.recipe.keys import (
     CalibrationKeys,
     Method,
     RecipeKeys,
     check_runtime,
     check_scheme,
 )
-from vsraq.autoround.select_tokens import selection_of
-from vsraq.autoround.token_selection import Selection
-from vsraq.checkpoint import check_formats
-from vsraq.options import OPTIONS, Threshold
 from vsraq.strict import check_values, refuse_unknown
-from vsraq.tokens import TokenMask
-from vsraq.yaml_text import parse_yaml, read_text, write_yaml
-
-logger = logging.getLogger("autoround.vsraq")
+from vsraq.yaml_text import parse_yaml, read_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +95,9 @@ class Recipe:
         check_values(RecipeKeys, vars(self) | sections | {"calibration": {}})
         check_formats(self.format)
         check_runtime(self.runtime)
-        refuse_unknown(self.algorithm, _arguments(self._config_class), "algorithm")
+        refuse_unknown(
+            self.algorithm, config_arguments(self._config_class), "algorithm"
+        )
         check_options(self.algorithm)
         try:
             config = self.algorithm_config()
@@ -130,7 +123,7 @@ class Recipe:
         plain = asdict(self)
         config = self.algorithm_config()
         own = config.alignment.plain() if isinstance(config, VSRAQConfig) else {}
-        names = _arguments(self._config_class).difference(OPTIONS)
+        names = config_arguments(self._config_class).difference(OPTIONS)
         values = {name: getattr(config, name, None) for name in names} | own
         plain["algorithm"] = {
             name: value if isinstance(value, str | int | float | dict) else str(value)
@@ -203,160 +196,7 @@ def parse_recipe(data: Mapping[str, Any]) -> Recipe:
     return Recipe(**values)
 
 
-def build(
-    recipe: Recipe,
-    model: Any = None,
-    config: SignRoundConfig | None = None,
-    **overrides: Any,
-) -> AutoRound:
-    """The AutoRound run of a recipe.
-
-    Args:
-        recipe: The recipe.
-        model: A model in memory instead of `recipe.model`.
-        config: Another configuration than `recipe.algorithm_config()`.
-        **overrides: Arguments of `auto_round.AutoRound` that YAML cannot hold, such as
-            a tokenizer or calibration tensors.
-
-    Returns:
-        AutoRound's run, ready for `quantize()` or `quantize_and_save()`.
-    """
-    arguments = asdict(recipe.calibration) | dict(recipe.runtime) | overrides
-    return AutoRound(
-        recipe.model if model is None else model,
-        scheme=recipe.scheme,
-        alg_configs=recipe.algorithm_config() if config is None else config,
-        **arguments,
-    )
-
-
-def check(recipe: Recipe) -> Plan:
-    """Check what can be known before the work of `run` and `select_tokens` begins.
-
-    Raises:
-        FileNotFoundError: The model, a data set's file or the token mask is not there.
-        ValueError: The output cannot be written, the model is unknown or no mixture of
-            experts, or there is too little room or calibration text.
-    """
-    return check_before(recipe)
-
-
-def mask_path(recipe: Recipe) -> Path:
-    """Where `select_tokens` writes the mask and `run` looks for it."""
-    return Path(recipe.output) / "token_mask.safetensors"
-
-
-def refuse_without_selection(recipe: Recipe) -> None:
-    """Refuse a recipe of which `select_tokens` has nothing to write.
-
-    Raises:
-        ValueError: It selects no tokens, or names a mask.
-    """
-    if _threshold(recipe.algorithm_config()) is None:
-        raise ValueError(
-            "algorithm: this recipe selects no tokens to write a mask of; allowed is "
-            "one with objective: sra or token_selection: true, and without token_mask"
-        )
-
-
-def select_tokens(recipe: Recipe) -> Selection:
-    """Select the tokens of a recipe's run, write the mask, and tune nothing.
-
-    Returns:
-        The selection; its mask is at `mask_path(recipe)`.
-
-    Raises:
-        ValueError: The recipe selects no tokens, or names a mask.
-    """
-    refuse_without_selection(recipe)
-    config = recipe.algorithm_config()
-    config.select_only = True
-    autoround = build(recipe, config=config)
-    # as `run` does: a format may change what is quantized, and how
-    selection = selection_of(
-        lambda: autoround.quantize_and_save(recipe.output, format=recipe.format)
-    )
-    path = mask_path(recipe)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    mask = replace(selection.mask, model=recipe.model, scheme=_rounding(recipe))
-    mask.save(path)
-    return selection
-
-
-def _rounding(recipe: Recipe) -> str:
-    """All that decides how a recipe rounds the model."""
-    fields_of_scheme = set(QuantizationScheme.get_attributes())
-    own = {k: v for k, v in recipe.algorithm.items() if k in fields_of_scheme}
-    layers = ("ignore_layers", "layer_config", "quant_lm_head", "to_quant_block_names")
-    own |= {k: v for k, v in recipe.runtime.items() if k in layers}
-    rounding = f"{recipe.scheme} for {recipe.format}"
-    return f"{rounding} {own}" if own else rounding
-
-
-def _threshold(config: SignRoundConfig) -> Threshold | None:
-    """Which tokens a run selects itself."""
-    return config.alignment.threshold if isinstance(config, VSRAQConfig) else None
-
-
-def _reusable_mask(recipe: Recipe, config: SignRoundConfig) -> Path | None:
-    """The mask that `select_tokens` has written, if it was made for this run."""
-    path = mask_path(recipe)
-    threshold = _threshold(config)
-    if threshold is None or not path.is_file():
-        return None
-    mask = TokenMask.load(path)
-    made = (mask.model, mask.scheme, mask.tau, mask.shift_threshold)
-    thresholds = (threshold.tau, threshold.shift_threshold)
-    wanted = (recipe.model, _rounding(recipe), *thresholds)
-    if made != wanted:
-        logger.warning(
-            "vsraq: %s was made with model, scheme, tau, shift_threshold = %s, this "
-            "run has %s: tokens are selected anew",
-            path,
-            made,
-            wanted,
-        )
-        return None
-    logger.info("vsraq: tokens were selected before, in %s", path)
-    return path
-
-
-def run(recipe: Recipe) -> list[Path]:
-    """Quantize, export, and write the resolved recipe beside each export.
-
-    A mask that `select_tokens` has written for this recipe is used.
-
-    Returns:
-        The folders of the exports, one per format.
-
-    Raises:
-        ValueError: That mask was made for other calibration tokens.
-    """
-    config = recipe.algorithm_config()
-    mask = _reusable_mask(recipe, config)
-    if mask is not None:
-        config.token_mask, config.token_selection = mask, True
-    autoround = build(recipe, config=config)
-    _, folders = autoround.quantize_and_save(recipe.output, format=recipe.format)
-    paths = [Path(f) for f in ([folders] if isinstance(folders, str) else folders)]
-    for path in paths:
-        write_resolved(recipe, path)
-    return paths
-
-
-def write_resolved(recipe: Recipe, folder: Path) -> Path:
-    """Write `vsraq_recipe.yaml` into a folder and return its path.
-
-    It runs again as it is; the versions that made the export stand in its comments.
-    """
-    packages = ("vsraq", "auto-round", "torch", "transformers")
-    versions = "".join(f"# {name} {version(name)}\n" for name in packages)
-    path = folder / "vsraq_recipe.yaml"
-    path.write_text(versions + write_yaml(recipe.resolved()), encoding="utf-8")
-    return path
-
-
-def _arguments(config_class: type) -> frozenset[str]:
+def config_arguments(config_class: type) -> frozenset[str]:
     """Keyword arguments of the configuration, fields of the scheme included."""
     names = set(QuantizationScheme.get_attributes())
     for owner in config_class.__mro__:
