@@ -93,7 +93,7 @@ def check(recipe: Recipe) -> Estimate:
         )
     scheme = preview_resolved_attrs(config, recipe.scheme)
     resume_dir = os.environ.get("AR_RESUME_DIR")
-    plan = Estimate(
+    estimate = Estimate(
         model_type=model_config.model_type,
         routers=len(routers),
         parameters=sum(p.numel() for p in model.parameters()),
@@ -101,9 +101,9 @@ def check(recipe: Recipe) -> Estimate:
         resume_bytes=_resume_bytes(model_config, recipe) if resume_dir else 0,
         free_bytes=shutil.disk_usage(folder).free,
     )
-    _check_room(plan, folder, resume_dir)
+    _check_room(estimate, folder, resume_dir)
     _check_samples(recipe)
-    return plan
+    return estimate
 
 
 def export_bytes(model: nn.Module, scheme: Mapping[str, Any]) -> int:
