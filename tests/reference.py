@@ -149,3 +149,9 @@ def jsd(q, fp):
 def sampled_jsd(q, fp, *, temperature=0.6, top_k=20, top_p=0.95):
     values = (temperature, top_k, top_p)
     return divergence(candidates(q, *values), candidates(fp, *values))
+
+
+def logits_of(ranked):
+    """The logits in the order of the experts, of which all ranks were kept."""
+    logits = ranked.values.new_full(ranked.shape, math.nan)
+    return logits.scatter_(-1, ranked.indices.long(), ranked.values)

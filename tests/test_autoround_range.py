@@ -11,6 +11,7 @@ from auto_round.algorithms.transforms.awq.config import AWQConfig
 from auto_round.algorithms.transforms.hadamard.config import RotationConfig
 
 import tiny
+from reference import logits_of
 from test_autoround import same, weights
 from tiny import block_lines
 from vsraq import VSRAQConfig
@@ -169,7 +170,7 @@ def test_both_losses_are_active(case, tmp_path, vsraq_log):
 
 def targets(terms):
     return [
-        torch.cat([target.logits() for target in own])
+        torch.cat([logits_of(target) for target in own])
         for _, by_label in terms
         for own in by_label["router"].fp_targets.values()
     ]

@@ -380,23 +380,32 @@ def test_a_reference_that_cannot_be_one(exports, tmp_path):
         verify(folder, tmp_path / "nowhere")
 
 
-def test_a_packing_other_than_the_declared_one(exports, tmp_path):
+@pytest.mark.parametrize(
+    ("key", "value", "error", "message"),
+    [
+        (
+            "packing_format",
+            "auto_round:auto_awq",
+            CheckpointError,
+            r"qweight: shape .* ask for",
+        ),
+        (
+            "data_type",
+            "mx_int",
+            ValueError,
+            r"data_type='mx_int'.*allowed are exports",
+        ),
+    ],
+)
+def test_a_format_other_than_the_declared_one(
+    key, value, error, message, exports, tmp_path
+):
     folder, tuned, _ = exports["W4A16-auto_round"]
     other = shutil.copytree(folder, tmp_path / "other")
     config = json.loads((other / "config.json").read_text())
-    config["quantization_config"]["packing_format"] = "auto_round:auto_awq"
+    config["quantization_config"][key] = value
     (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"qweight: shape .* ask for"):
-        verify(other, tuned)
-
-
-def test_a_format_that_cannot_be_read(exports, tmp_path):
-    folder, tuned, _ = exports["W4A16-auto_round"]
-    other = shutil.copytree(folder, tmp_path / "other")
-    config = json.loads((other / "config.json").read_text())
-    config["quantization_config"]["data_type"] = "mx_int"
-    (other / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"data_type='mx_int'.*allowed are exports"):
+    with pytest.raises(error, match=message):
         verify(other, tuned)
 
 

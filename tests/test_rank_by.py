@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tiny
+from reference import logits_of
 from test_autoround import same, weights
 from vsraq import VSRAQConfig
 from vsraq.routers import find_routers
@@ -42,8 +43,8 @@ def test_the_ranks_are_those_of_the_routers_choice(realign, quantize, terms):
             index = int(block.rpartition(".")[2]) + (0 if own else 1)
             name = f"model.layers.{index}.{router.name}"
             for target in term.fp_targets[router.name]:
-                ranking = routers[name].ranking(target.logits())
-                by_logits = target.logits().argsort(-1, descending=True)
+                ranking = routers[name].ranking(logits_of(target))
+                by_logits = logits_of(target).argsort(-1, descending=True)
                 assert torch.equal(target.indices.long(), ranking)
                 assert not torch.equal(ranking, by_logits)
                 checked += 1

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from vsraq import losses
 from vsraq.hyperparameters import check_hyperparameters
-from vsraq.losses import FpLogits, TokenLoss, reduce_tokens
+from vsraq.losses import TokenLoss, reduce_tokens
+from vsraq.ranks import FpLogits
 
 
 class RouterLoss(nn.Module):

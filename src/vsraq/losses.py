@@ -22,9 +22,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vsraq.hyperparameters import check_hyperparameters
-from vsraq.ranks import RankedLogits, computed, rank_logits
+from vsraq.ranks import FpLogits, computed, rank_logits
 
-FpLogits: TypeAlias = Tensor | RankedLogits
 TokenLoss: TypeAlias = Callable[..., Tensor]
 
 
@@ -234,9 +233,8 @@ def mse_kl(
         ValueError: A shape or a hyper-parameter is not allowed.
     """
     check_hyperparameters(kl_weight=kl_weight, top_m=top_m)
-    if isinstance(fp_logits, Tensor):  # sort once for both terms
-        _check_shapes(q_logits, fp_logits)
-        fp_logits = rank_logits(fp_logits)
+    _check_shapes(q_logits, fp_logits)
+    fp_logits = rank_logits(fp_logits)  # once for both terms
     mse = topk_mse(q_logits, fp_logits, top_k=1, multiplier="all")
     return mse + kl_weight * router_kl(q_logits, fp_logits, top_m=top_m)
 
@@ -309,10 +307,9 @@ def vsraq(
         rank_weight=rank_weight,
         margin_weight=margin_weight,
     )
-    if isinstance(fp_logits, Tensor):  # sort once for all terms
-        _check_shapes(q_logits, fp_logits)
-        ranks = boundary_ranks(top_k, _num_experts(q_logits, top_k), boundary)
-        fp_logits = rank_logits(fp_logits, ranks)
+    _check_shapes(q_logits, fp_logits)
+    ranks = boundary_ranks(top_k, _num_experts(q_logits, top_k), boundary)
+    fp_logits = rank_logits(fp_logits, ranks)  # once for all terms
     sigmoid_aware = sigmoid_aware_mse(
         q_logits, fp_logits, top_k=top_k, gamma=gamma, eps=eps
     )
@@ -369,14 +366,10 @@ def _num_experts(q_logits: Tensor, top_k: int) -> int:
 
 
 def _check_shapes(q_logits: Tensor, fp_logits: FpLogits) -> None:
-    if isinstance(fp_logits, Tensor):
-        fp_shape: tuple[int, ...] = tuple(fp_logits.shape)
-    else:
-        fp_shape = (*fp_logits.values.shape[:-1], fp_logits.num_experts)
-    if tuple(q_logits.shape) != fp_shape:
+    if q_logits.shape != fp_logits.shape:
         raise ValueError(
-            f"q_logits has shape {tuple(q_logits.shape)} and fp_logits {fp_shape}: "
-            "allowed are equal shapes (..., num_experts)"
+            f"q_logits has shape {tuple(q_logits.shape)} and fp_logits "
+            f"{tuple(fp_logits.shape)}: allowed are equal shapes (..., num_experts)"
         )
 
 
@@ -385,13 +378,5 @@ def _by_rank(
 ) -> tuple[Tensor, Tensor]:
     """Both logits at the first full-precision ranks, (..., ranks) each."""
     _check_shapes(q_logits, fp_logits)
-    if isinstance(fp_logits, Tensor):
-        fp_logits = rank_logits(fp_logits, ranks)
-    available = fp_logits.values.shape[-1]
-    if available < ranks:
-        raise ValueError(
-            f"fp_logits holds {available} ranks: this loss reads {ranks}; "
-            f"keep them with rank_logits(fp_logits, {ranks})"
-        )
-    index = fp_logits.indices[..., :ranks].long()
-    return computed(q_logits).gather(-1, index), fp_logits.values[..., :ranks]
+    fp = rank_logits(fp_logits, ranks)
+    return computed(q_logits).gather(-1, fp.indices.long()), fp.values

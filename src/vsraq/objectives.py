@@ -16,8 +16,8 @@ from torch import Tensor
 
 from vsraq import losses
 from vsraq.hyperparameters import check_hyperparameters
-from vsraq.losses import FpLogits, TokenLoss, boundary_ranks, multiplied_ranks
-from vsraq.ranks import rank_logits
+from vsraq.losses import TokenLoss, boundary_ranks, multiplied_ranks
+from vsraq.ranks import FpLogits, rank_logits
 from vsraq.routers import Compared
 
 RanksRead: TypeAlias = Callable[[int, int, Mapping[str, Any]], int]

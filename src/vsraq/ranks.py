@@ -28,6 +28,11 @@ class RankedLogits:
     indices: Tensor
     num_experts: int
 
+    @property
+    def shape(self) -> torch.Size:
+        """That of the logits that were ranked, (..., E)."""
+        return torch.Size((*self.values.shape[:-1], self.num_experts))
+
     def to(self, device: torch.device | str) -> "RankedLogits":
         """The same ranks on another device."""
         return RankedLogits(
@@ -42,34 +47,35 @@ class RankedLogits:
         """Some of the tokens."""
         return RankedLogits(self.values[tokens], self.indices[tokens], self.num_experts)
 
-    def first(self, count: int) -> "RankedLogits":
-        """The first `count` ranks, or all if fewer were kept."""
-        return RankedLogits(
-            self.values[..., :count], self.indices[..., :count], self.num_experts
-        )
-
-    def logits(self) -> Tensor:
-        """The logits in the order of the experts, (..., E), if all ranks were kept.
+    def first(self, ranks: int) -> "RankedLogits":
+        """The first ranks.
 
         Raises:
-            ValueError: Only the first ranks were kept.
+            ValueError: Fewer were kept.
         """
-        if self.values.shape[-1] != self.num_experts:
+        available = self.values.shape[-1]
+        if available < ranks:
             raise ValueError(
-                f"ranks={self.values.shape[-1]}: the logits of all {self.num_experts} "
-                "experts need all ranks; keep them with rank_logits(fp_logits)"
+                f"fp_logits holds {available} ranks: this loss reads {ranks}; "
+                f"keep them with rank_logits(fp_logits, {ranks})"
             )
-        index = self.indices.long()
-        return torch.empty_like(self.values).scatter_(-1, index, self.values)
+        return RankedLogits(
+            self.values[..., :ranks], self.indices[..., :ranks], self.num_experts
+        )
+
+
+# full-precision logits as a loss takes them: of all experts, or the first ranks only
+FpLogits: TypeAlias = Tensor | RankedLogits
 
 
 def rank_logits(
-    fp_logits: Tensor, ranks: int | None = None, ranking: Tensor | None = None
+    fp_logits: FpLogits, ranks: int | None = None, ranking: Tensor | None = None
 ) -> RankedLogits:
     """Keep the logits of the first `ranks` experts of each token.
 
     Args:
-        fp_logits: Full-precision router logits, (..., E).
+        fp_logits: Full-precision router logits, (..., E), or ranks of them, whose
+            order stays.
         ranks: m, from 1 to E; None keeps all E.
         ranking: Expert indices, (..., E), the first rank first, such as
             `BoundRouter.ranking` gives; None ranks by the logits.
@@ -78,12 +84,14 @@ def rank_logits(
         The ranked form, detached.
 
     Raises:
-        ValueError: `ranks` is outside 1..E.
+        ValueError: `ranks` is outside 1..E, or fewer were kept.
     """
     num_experts = fp_logits.shape[-1]
     ranks = num_experts if ranks is None else ranks
     if not 1 <= ranks <= num_experts:
         raise ValueError(f"ranks={ranks}: allowed is 1 to num_experts={num_experts}")
+    if isinstance(fp_logits, RankedLogits):
+        return fp_logits.first(ranks)
     logits = computed(fp_logits.detach())
     if ranking is None:
         ranking = logits.argsort(dim=-1, descending=True, stable=True)
