@@ -194,6 +194,9 @@ def test_with_the_variants_of_the_loop(option, quantize, vsraq_log):
             },
             r"'boundary': 2}: its hyper-parameters have no effect without a term",
         ),
+        ({"ridge": 0.1}, r'ridge=0.1: .* write realign_routers=\{"ridge": \.\.\.\}'),
+        ({"tau": 0.1}, r'tau=0.1: it is no option .* token_selection=\{"tau": '),
+        ({"alpha": 0.1}, r'alpha=0.1: .* objective=\{"name": "vsraq", "alpha": '),
         ({"realign_routers": {"ridge": 0}}, r"realign_routers.ridge=0: allowed"),
         (
             {"realign_routers": {}},

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
-from vsraq.objectives import Objective, ObjectiveLike, get_objective
+from vsraq.objectives import OBJECTIVES, Objective, ObjectiveLike, get_objective
 from vsraq.realignment import DEFAULT_RIDGE
 from vsraq.realignment.error_weights import Weighting
 from vsraq.strict import refuse_unknown
@@ -103,8 +103,15 @@ class Threshold:
     shift_threshold: float | None = field(default=None, metadata=_SHIFT)
 
 
-def _switch(name: str, settings: type[RefitSettings] | type[Threshold]) -> _Metadata:
+_SETTINGS: Mapping[str, type[RefitSettings] | type[Threshold]] = {
+    "realign_routers": RefitSettings,
+    "token_selection": Threshold,
+}
+
+
+def _switch(name: str) -> _Metadata:
     """A switch, or a mapping of its settings, which turns it on."""
+    settings = _SETTINGS[name]
     known = ", ".join(setting.name for setting in fields(settings))
 
     def is_switch(value: Any) -> bool:
@@ -154,7 +161,7 @@ class Alignment:
     router_weight: Weight = field(default=0.0, metadata=_WEIGHT)
     next_router_weight: Weight = field(default=0.0, metadata=_WEIGHT)
     realign_routers: bool | Mapping[str, Any] = field(
-        default=False, metadata=_switch("realign_routers", RefitSettings)
+        default=False, metadata=_switch("realign_routers")
     )
     objective: ObjectiveLike = field(default="top3k_mse", metadata=_OBJECTIVE)
     next_router_objective: ObjectiveLike | None = field(
@@ -163,7 +170,7 @@ class Alignment:
     rank_by: RankBy = field(default="logits", metadata=_one_of(RankBy))
     router_pattern: str | None = field(default=None, metadata=_PATTERN)
     token_selection: bool | Mapping[str, Any] = field(
-        default=False, metadata=_switch("token_selection", Threshold)
+        default=False, metadata=_switch("token_selection")
     )
     token_mask: TokenMask | str | Path | None = field(default=None, metadata=_MASK)
     lookahead: int = field(default=2, metadata=_COUNT)
@@ -278,6 +285,27 @@ _OF_ANY_PART = (
 OPTIONS = tuple(option.name for option in fields(Alignment))
 # chosen by benchmarks/routing.py; see docs/results.md
 DEFAULT_RECIPE = Alignment("auto", "auto", realign_routers=True)
+
+
+def refuse_misplaced(named: Mapping[str, Any]) -> None:
+    """Refuse what belongs to a switch or to an objective, and say where it goes.
+
+    Raises:
+        ValueError: A name is a setting or a hyper-parameter, and no option.
+    """
+    owners = {
+        setting.name: f'{switch}={{"{setting.name}": ...}}'
+        for switch, settings in _SETTINGS.items()
+        for setting in fields(settings)
+    }
+    for objective in reversed(OBJECTIVES.values()):
+        for name in objective.hyperparameters:
+            owners[name] = f'objective={{"name": "{objective.name}", "{name}": ...}}'
+    for name, value in named.items():
+        if name in owners:
+            raise ValueError(
+                f"{name}={value!r}: it is no option of its own; write {owners[name]}"
+            )
 
 
 def resolve(named: Mapping[str, Any]) -> Alignment:

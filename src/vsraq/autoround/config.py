@@ -16,6 +16,7 @@ from vsraq.options import (
     RankBy,
     Weight,
     check,
+    refuse_misplaced,
     resolve,
 )
 from vsraq.tokens import TokenMask, check_mask_file
@@ -109,6 +110,7 @@ class VSRAQConfig(SignRoundConfig):
         **kwargs: Any,
     ) -> None:
         own = {name: value for name, value in locals().items() if name in OPTIONS}
+        refuse_misplaced(kwargs)
         check_options(kwargs)
         if kwargs.get("iters") == 0:
             raise ValueError(

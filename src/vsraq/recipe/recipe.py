@@ -28,7 +28,7 @@ from auto_round.schemes import QuantizationScheme
 from vsraq.autoround import VSRAQConfig
 from vsraq.autoround.option_types import check_options
 from vsraq.checkpoint import check_formats
-from vsraq.options import OPTIONS
+from vsraq.options import OPTIONS, refuse_misplaced
 from vsraq.recipe.keys import (
     CalibrationKeys,
     Method,
@@ -95,6 +95,7 @@ class Recipe:
         check_values(RecipeKeys, vars(self) | sections | {"calibration": {}})
         check_formats(self.format)
         check_runtime(self.runtime)
+        refuse_misplaced(self.algorithm)
         refuse_unknown(
             self.algorithm, config_arguments(self._config_class), "algorithm"
         )
