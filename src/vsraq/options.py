@@ -298,9 +298,10 @@ def refuse_misplaced(named: Mapping[str, Any]) -> None:
         for switch, settings in _SETTINGS.items()
         for setting in fields(settings)
     }
-    for objective in reversed(OBJECTIVES.values()):
+    for objective in OBJECTIVES.values():
         for name in objective.hyperparameters:
-            owners[name] = f'objective={{"name": "{objective.name}", "{name}": ...}}'
+            place = f'objective={{"name": "{objective.name}", "{name}": ...}}'
+            owners.setdefault(name, place)
     for name, value in named.items():
         if name in owners:
             raise ValueError(

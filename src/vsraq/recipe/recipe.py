@@ -95,7 +95,8 @@ class Recipe:
         check_values(RecipeKeys, vars(self) | sections | {"calibration": {}})
         check_formats(self.format)
         check_runtime(self.runtime)
-        refuse_misplaced(self.algorithm)
+        if self.method == "vsraq":
+            refuse_misplaced(self.algorithm)
         refuse_unknown(
             self.algorithm, config_arguments(self._config_class), "algorithm"
         )
