@@ -39,7 +39,7 @@ from vsraq.autoround.recipe_keys import (
     check_scheme,
 )
 from vsraq.autoround.select_tokens import selection_of
-from vsraq.autoround.token_selection import Selection
+from vsraq.autoround.token_selection import TokenSelection
 from vsraq.checkpoint import check_formats
 from vsraq.options import OPTIONS, Threshold
 from vsraq.strict import check_values, refuse_unknown
@@ -51,11 +51,11 @@ logger = logging.getLogger("autoround.vsraq")
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Which text AutoRound tunes on.
+    """The text that AutoRound tunes on.
 
     Attributes:
         dataset: A data set that AutoRound knows, or the path of a local file, with
-            AutoRound's options behind colons.
+            AutoRound's options after colons.
         nsamples: Samples.
         seqlen: Tokens per sample; shorter ones are dropped.
         batch_size: Samples per tuning step.
@@ -117,7 +117,7 @@ class Recipe:
         return VSRAQConfig if self.method == "vsraq" else SignRoundConfig
 
     def algorithm_config(self) -> SignRoundConfig:
-        """The configuration object that goes to AutoRound as `alg_configs`.
+        """Build the configuration object that goes to AutoRound as `alg_configs`.
 
         Raises:
             ValueError: A value under `algorithm` is not allowed.
@@ -126,12 +126,12 @@ class Recipe:
         return config
 
     def resolved(self) -> dict[str, Any]:
-        """Every setting with its final value; `parse_recipe` takes it back."""
+        """Return every setting with its final value, as `parse_recipe` reads it."""
         plain = asdict(self)
         config = self.algorithm_config()
-        own = config.alignment.plain() if isinstance(config, VSRAQConfig) else {}
+        options = config.alignment.plain() if isinstance(config, VSRAQConfig) else {}
         names = _arguments(self._config_class).difference(OPTIONS)
-        values = {name: getattr(config, name, None) for name in names} | own
+        values = {name: getattr(config, name, None) for name in names} | options
         plain["algorithm"] = {
             name: value if isinstance(value, str | int | float | dict) else str(value)
             for name, value in sorted(values.items())
@@ -152,7 +152,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is no mapping, a key is unknown (the message names the
+        ValueError: The file is not a mapping, a key is unknown (the message names the
             nearest known one), or a value is not allowed.
     """
     data = parse_yaml(read_text(path))
@@ -209,7 +209,7 @@ def build(
     config: SignRoundConfig | None = None,
     **overrides: Any,
 ) -> AutoRound:
-    """The AutoRound run of a recipe.
+    """Build the AutoRound run of a recipe.
 
     Args:
         recipe: The recipe.
@@ -234,41 +234,41 @@ def check(recipe: Recipe) -> Plan:
     """Check what can be known before the work of `run` and `select_tokens` begins.
 
     Raises:
-        FileNotFoundError: The model, a data set's file or the token mask is not there.
-        ValueError: The output cannot be written, the model is unknown or no mixture of
-            experts, or there is too little room or calibration text.
+        FileNotFoundError: The model, a data set's file or the token mask is missing.
+        ValueError: The output cannot be written, the model is unknown or not a mixture
+            of experts, or there is too little room or calibration text.
     """
     return check_before(recipe)
 
 
 def mask_path(recipe: Recipe) -> Path:
-    """Where `select_tokens` writes the mask and `run` looks for it."""
+    """Return where `select_tokens` writes the mask and `run` looks for it."""
     return Path(recipe.output) / "token_mask.safetensors"
 
 
-def refuse_without_selection(recipe: Recipe) -> None:
-    """Refuse a recipe of which `select_tokens` has nothing to write.
+def refuse_without_token_selection(recipe: Recipe) -> None:
+    """Refuse a recipe that has no mask for `select_tokens` to write.
 
     Raises:
         ValueError: It selects no tokens, or names a mask.
     """
     if _threshold(recipe.algorithm_config()) is None:
         raise ValueError(
-            "algorithm: this recipe selects no tokens to write a mask of; allowed is "
+            "algorithm: this recipe selects no tokens, so there is no mask; allowed is "
             "one with objective: sra or token_selection: true, and without token_mask"
         )
 
 
-def select_tokens(recipe: Recipe) -> Selection:
+def select_tokens(recipe: Recipe) -> TokenSelection:
     """Select the tokens of a recipe's run, write the mask, and tune nothing.
 
     Returns:
-        The selection; its mask is at `mask_path(recipe)`.
+        The selected tokens; their mask is at `mask_path(recipe)`.
 
     Raises:
         ValueError: The recipe selects no tokens, or names a mask.
     """
-    refuse_without_selection(recipe)
+    refuse_without_token_selection(recipe)
     config = recipe.algorithm_config()
     config.select_only = True
     autoround = build(recipe, config=config)
@@ -284,22 +284,22 @@ def select_tokens(recipe: Recipe) -> Selection:
 
 
 def _rounding(recipe: Recipe) -> str:
-    """All that decides how a recipe rounds the model."""
+    """Describe all that decides how a recipe rounds the model."""
     fields_of_scheme = set(QuantizationScheme.get_attributes())
-    own = {k: v for k, v in recipe.algorithm.items() if k in fields_of_scheme}
+    changes = {k: v for k, v in recipe.algorithm.items() if k in fields_of_scheme}
     layers = ("ignore_layers", "layer_config", "quant_lm_head", "to_quant_block_names")
-    own |= {k: v for k, v in recipe.runtime.items() if k in layers}
+    changes |= {k: v for k, v in recipe.runtime.items() if k in layers}
     rounding = f"{recipe.scheme} for {recipe.format}"
-    return f"{rounding} {own}" if own else rounding
+    return f"{rounding} {changes}" if changes else rounding
 
 
 def _threshold(config: SignRoundConfig) -> Threshold | None:
-    """Which tokens a run selects itself."""
+    """Return the thresholds of a run that selects tokens itself, else None."""
     return config.alignment.threshold if isinstance(config, VSRAQConfig) else None
 
 
 def _reusable_mask(recipe: Recipe, config: SignRoundConfig) -> Path | None:
-    """The mask that `select_tokens` has written, if it was made for this run."""
+    """Return the mask that `select_tokens` wrote, if it was made for this run."""
     path = mask_path(recipe)
     threshold = _threshold(config)
     if threshold is None or not path.is_file():
@@ -347,7 +347,7 @@ def run(recipe: Recipe) -> list[Path]:
 def write_resolved(recipe: Recipe, folder: Path) -> Path:
     """Write `vsraq_recipe.yaml` into a folder and return its path.
 
-    It runs again as it is; the versions that made the export stand in its comments.
+    It can be run again as it is; its comments hold the versions that made the export.
     """
     packages = ("vsraq", "auto-round", "torch", "transformers")
     versions = "".join(f"# {name} {version(name)}\n" for name in packages)
@@ -357,7 +357,7 @@ def write_resolved(recipe: Recipe, folder: Path) -> Path:
 
 
 def _arguments(config_class: type) -> frozenset[str]:
-    """Keyword arguments of the configuration, fields of the scheme included."""
+    """List keyword arguments of the configuration, fields of the scheme included."""
     names = set(QuantizationScheme.get_attributes())
     for owner in config_class.__mro__:
         init = owner.__dict__.get("__init__")
