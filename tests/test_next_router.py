@@ -84,7 +84,7 @@ def test_the_next_router_reaches_the_experts(quantize, vsraq_log):
     plain = tuned(quantize, VSRAQConfig(iters=20, **tiny.PLAIN))
     expert = "model.layers.0.mlp.experts.0.down_proj"
     assert not torch.equal(plain[expert], weights(model)[expert])
-    assert any("no MoE router in the 0 blocks behind it" in m for m in vsraq_log)
+    assert any("no MoE router in the 0 blocks after it" in m for m in vsraq_log)
 
 
 def test_a_hybrid_is_reached_where_its_own_router_reaches_nothing(quantize, vsraq_log):

@@ -109,7 +109,7 @@ class _OldMoE(nn.Module):
 def test_linear_gates_are_found_by_structure():
     (router,) = find_routers(nn.Sequential(_OldMoE()))
     assert router == Router("0.gate", 2, 4, SelectionRule())
-    assert "other code chooses; taken is that the highest win" in router.unverified
+    assert "other code chooses; the highest are assumed to win" in router.unverified
 
 
 def test_a_pattern_names_routers_that_are_not_found():

@@ -180,7 +180,7 @@ REFUSALS = {
     "folder": "rank=1: this process would export too",
     "resume": "AR_RESUME_DIR with world_size=2",
     "awq": "world_size=2 with AWQ",
-    "weights": "block layers.0: the processes have tuned 2 of 2 tensors to other",
+    "weights": "block layers.0: the processes have tuned 2 of 2 tensors to different",
     "mask": "token mask: 1 samples have selected tokens",
 }
 

@@ -200,7 +200,7 @@ def test_every_second_sample_is_looked_at(count, masked):
     targets = [rank_logits(torch.randn(3, 6)) for _ in range(8)]
     q = {i: torch.randn(3, 6, requires_grad=True) for i in range(8)}
 
-    def q_values(output, samples):
+    def q_compared(output, samples):
         assert len(output) == len(samples)
         seen.extend(samples)
         return {"gate": torch.cat([q[i] for i in samples])}
@@ -211,7 +211,7 @@ def test_every_second_sample_is_looked_at(count, masked):
         1.0,
         (Router("gate", 2, 6),),
         {"gate": targets},
-        q_values,
+        q_compared,
         every_second=True,
     )
     samples = [6, 1, 4, 0, 3][:count]
@@ -225,12 +225,12 @@ def test_every_second_sample_is_looked_at(count, masked):
 
 
 def test_a_micro_batch_that_is_not_looked_at_costs_nothing():
-    def q_values(output, samples):
+    def q_compared(output, samples):
         raise AssertionError("the next block was run")
 
     objective = get_objective("topk_mse")
     routers = (Router("gate", 2, 6),)
-    term = RouterTerm("next router", objective, 1.0, routers, {}, q_values, True)
+    term = RouterTerm("next router", objective, 1.0, routers, {}, q_compared, True)
     looked_at = term.looked_at([5, 2, 7, 1])
     assert looked_at == [5, 7]
     assert term.loss(torch.zeros(2, 3, 2), [2, 1], None, looked_at) is None

@@ -2,8 +2,8 @@
 """Router-aligned quantization of mixture-of-experts models, as an AutoRound plug-in.
 
 Importing this package registers the algorithm "vsraq" with AutoRound: at once where
-AutoRound is imported already, otherwise as soon as it is. Names are looked up when they
-are used first, so that `vsraq.losses` needs no AutoRound.
+AutoRound is imported already, otherwise as soon as it is. Names are looked up on their
+first use, so that `vsraq.losses` needs no AutoRound.
 """
 
 from importlib import import_module
@@ -43,7 +43,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name of this package when it is used first (PEP 562)."""
+    """Import a name of this package on its first use (PEP 562)."""
     if name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_ROOMS[name]), name)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Send samples through a model block by block, without keeping what is behind them.
+"""Send samples through a model block by block, without keeping earlier states.
 
     stream = BlockStream(model, blocks, samples)
     stream.advance_to("model.layers.3.mlp.gate")        # all samples, to its block
     stream.router_input("model.layers.3.mlp.gate", 0)   # (1, S, H), of sample 0
 
 The other arguments of a block (mask, positions) are what the model's own forward passes
-to it. They are taken anew for each block and sample, because the masks of all samples
-would be S values per token; that costs one forward pass without a block.
+to it. They are computed again for each block and sample, because the masks of all
+samples would be S values per token; that costs one forward pass without a block.
 
 Shapes: N samples, S tokens each, H hidden width.
 """
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class _BlockReachedError(Exception):
-    """Ends a forward pass at a block; never leaves this file."""
+    """Signal that ends a forward pass at a block; never leaves this file."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         super().__init__()
@@ -58,7 +58,9 @@ class BlockStream:
         self._samples = samples
         self._position = 0
         self._states: list[Tensor] | None = None  # None in front of the first block
-        self._returns_tuple: list[bool] = []  # by block that is behind the samples
+        self._returns_tuple: list[
+            bool
+        ] = []  # for each block that the samples have passed
 
     def router_input(self, router: str, sample: int) -> Tensor:
         """Run the block that the samples are in front of up to a router inside it.
@@ -96,7 +98,7 @@ class BlockStream:
             self._position += 1
 
     def _call(self, sample: int) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-        """The block that a sample is in front of, and what it is called with."""
+        """Return the block that a sample is in front of, and its arguments."""
         block = self._model.get_submodule(self._blocks[self._position])
         args, kwargs = self._arguments(block, self._samples[sample])
         if self._states is None:
@@ -110,7 +112,7 @@ class BlockStream:
     def _arguments(
         self, block: nn.Module, input_ids: Tensor
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """What the model calls a block with, the hidden states those of the first."""
+        """Return the arguments of a block, with the hidden states of the first one."""
         device = next(self._model.parameters()).device
         with ExitStack() as stack:
             for name, is_tuple in zip(self._blocks, self._returns_tuple, strict=False):
@@ -162,7 +164,7 @@ class WholePasses:
         return len(self._samples)
 
     def advance_to(self, router: str) -> None:
-        """Nothing is kept, so there is nothing to do."""
+        """Do nothing: every pass starts at the beginning."""
 
 
 Path: TypeAlias = BlockStream | WholePasses
@@ -174,11 +176,11 @@ def open_paths(
     routers: Sequence[Router],
     samples: Sequence[Tensor],
 ) -> list[Path]:
-    """One way to all routers for each model, block by block if that is possible.
+    """Open a path to all routers for each model, block by block if possible.
 
     Args:
         models: Models with the same routers.
-        routers: Those.
+        routers: Their routers.
         samples: Token ids, each (1, S), without padding.
 
     Returns:
@@ -206,7 +208,7 @@ def open_paths(
 def why_not_streamed(
     model: nn.Module, blocks: Sequence[str], samples: Sequence[Tensor], router: str
 ) -> str:
-    """Whether blocks that are run alone do what the model does with them.
+    """Find out whether blocks that run alone do the same as inside the model.
 
     Args:
         model: A transformers causal language model.
@@ -224,7 +226,7 @@ def why_not_streamed(
     try:
         stream.advance_to(router)
         alone = [stream.router_input(router, i) for i in range(len(samples))]
-    except Exception as error:  # whatever a family's own code says to that
+    except Exception as error:  # a family's own code may raise anything
         return f"{type(error).__name__}: {error}"
     for sample, inputs in enumerate(alone):
         expected = whole.router_input(router, sample)

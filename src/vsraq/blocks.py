@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stack of decoder blocks of a model, and something else in place of a block."""
+"""The stack of decoder blocks of a model, and how to stop or replace a block."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from vsraq.routers import Router
 
 
 def decoder_blocks(model: nn.Module, routers: Iterable[Router]) -> tuple[str, ...]:
-    """The blocks of the stack that holds all routers.
+    """Return the blocks of the stack that holds all routers.
 
     Args:
         model: A model.
@@ -32,7 +32,7 @@ def decoder_blocks(model: nn.Module, routers: Iterable[Router]) -> tuple[str, ..
 
 
 def _outermost_list(model: nn.Module, name: str) -> str | None:
-    """The first module list on the way to a module."""
+    """Return the first module list on the way to a module."""
     parts = name.split(".")
     for depth in range(1, len(parts)):
         parent = ".".join(parts[:depth])
@@ -42,14 +42,14 @@ def _outermost_list(model: nn.Module, name: str) -> str | None:
 
 
 class _BlockDoneError(Exception):
-    """Ends a forward pass behind a block; never leaves this file."""
+    """Signal that ends a forward pass after a block; never leaves this file."""
 
     def __init__(self, output: Any) -> None:
         super().__init__()
         self.output = output
 
 
-def _stop_behind_block(_module: nn.Module, _args: Any, output: Any) -> None:
+def _stop_after_block(_module: nn.Module, _args: Any, output: Any) -> None:
     raise _BlockDoneError(output)
 
 
@@ -69,7 +69,7 @@ def block_output(
     Raises:
         RuntimeError: The pass ended without calling the block.
     """
-    handle = block.register_forward_hook(_stop_behind_block)
+    handle = block.register_forward_hook(_stop_after_block)
     try:
         forward()
     except _BlockDoneError as done:
@@ -86,13 +86,13 @@ def block_output(
 
 @contextmanager
 def replaced_forward(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Let a block do something else; what it did before is put back afterwards."""
-    own = vars(block).get("forward")  # AutoRound leaves one on some blocks
+    """Replace the forward of a block; it is put back afterwards."""
+    previous = vars(block).get("forward")  # AutoRound leaves one on some blocks
     vars(block)["forward"] = forward
     try:
         yield
     finally:
-        if own is None:
+        if previous is None:
             del vars(block)["forward"]
         else:
-            vars(block)["forward"] = own
+            vars(block)["forward"] = previous

@@ -6,7 +6,7 @@
         q_logits = capture.take()["mlp.gate"]   # (T, E), attached to the graph
 
 Only routers are hooked: a hook on an expert would switch AutoRound's grouped-expert
-kernel off. Outside the `with` block no hook is left, also after an exception.
+kernel off. Outside the `with` block no hook is left, even after an exception.
 
 A forward pass under torch.compile is captured too, as long as `keep` is not given.
 torch.compile neither guards on hooks nor traces them anew for the next block of the
@@ -42,7 +42,7 @@ def _record_input(
 
 
 class _RouterReachedError(Exception):
-    """Ends a forward pass at the router; never leaves this file."""
+    """Signal that ends a forward pass at the router; never leaves this file."""
 
     def __init__(self, hidden_states: Tensor) -> None:
         super().__init__()
@@ -110,9 +110,9 @@ class RouterCapture(Generic[Kept]):
         self.routers = tuple(routers)
         self._keep = keep
         self._compared = compared
-        self._kept: dict[str, list[Kept]] = {r.name: [] for r in self.routers}
+        self._calls: dict[str, list[Kept]] = {r.name: [] for r in self.routers}
         self._handles: list[RemovableHandle] = []
-        # while open; a name may come to mean another module (AutoRound wraps layers)
+        # set while open: AutoRound wraps layers, so names may lead to other modules
         self._open: dict[str, BoundRouter] = {}
 
     def open(self) -> Self:
@@ -156,32 +156,32 @@ class RouterCapture(Generic[Kept]):
 
     def clear(self) -> None:
         """Forget what was kept so far."""
-        for kept in self._kept.values():
-            kept.clear()
+        for calls in self._calls.values():
+            calls.clear()
         for router in self._open.values():
             router.module.__dict__.get(_INPUTS, []).clear()
 
     def take(self) -> dict[str, list[Kept]]:
-        """What was kept since the last `take`, per router, one item per call.
+        """Return what was kept since the last `take`: per router, one item per call.
 
         Raises:
             RuntimeError: A router was not called.
         """
         if self._keep is None:
             for router in self._open.values():
-                self._kept[router.name] += [
+                self._calls[router.name] += [
                     router.values(hidden_states, self._compared)  # type: ignore[misc]
                     for hidden_states in router.module.__dict__[_INPUTS]
                 ]
-        silent = [name for name, kept in self._kept.items() if not kept]
+        silent = [name for name, calls in self._calls.items() if not calls]
         if silent:
             raise RuntimeError(
                 f"router {', '.join(silent)} of {type(self.module).__name__} was not "
-                "called: its block's forward did not run, it uses the router's weight "
+                "called: its block's forward did not run, or uses the router's weight "
                 "without calling the module, or the router is for other tokens than "
                 "these (images); name those that are called with router_pattern"
             )
-        taken = {name: list(kept) for name, kept in self._kept.items()}
+        taken = {name: list(calls) for name, calls in self._calls.items()}
         self.clear()
         return taken
 
@@ -200,12 +200,12 @@ class RouterCapture(Generic[Kept]):
     def _keeping_hook(
         self, keep: Callable[[BoundRouter, Tensor], Kept], router: BoundRouter
     ) -> Callable[..., None]:
-        kept = self._kept[router.name]
+        calls = self._calls[router.name]
 
         def hook(
             _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         ) -> None:
             values = router.values(_input(args, kwargs), self._compared)
-            kept.append(keep(router, values))
+            calls.append(keep(router, values))
 
         return hook

@@ -13,8 +13,8 @@ from vsraq import __version__
 
 _EXIT_CODES = """exit status:
   0    fine
-  1    the input is at fault, or the library or AutoRound refuses it; also an error that
-       nobody expected, which is said
+  1    the input is at fault, or the library or AutoRound refuses it; also an unexpected
+       error, and the message says so
   2    the command line is wrong
   3    verify (or the verification after quantize) found a fault in an export
   130  interrupted
@@ -55,7 +55,7 @@ def _add_commands(commands: Any) -> list[argparse.ArgumentParser]:
         "demo", help="quantize the embedded MoE with and without router alignment"
     )
     demo.add_argument(
-        "--output", type=Path, help="keep the exports in this folder (default: drop)"
+        "--output", type=Path, help="keep the exports in this folder (default: delete)"
     )
     demo.add_argument(
         "--iters", type=_positive, help="tuning iterations per block (default: 50)"
@@ -63,7 +63,7 @@ def _add_commands(commands: Any) -> list[argparse.ArgumentParser]:
 
     quantize = commands.add_parser("quantize", help="run a recipe")
     select = commands.add_parser(
-        "select-tokens", help="write the token mask of a recipe, tune nothing"
+        "select-tokens", help="write the token mask of a recipe without tuning"
     )
     for command in (quantize, select):
         command.add_argument("config", type=Path, help="a YAML file, see configs/")
@@ -102,8 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes the process's.
 
     Returns:
-        The exit status: 0 fine, 1 the input is at fault or refused (or an error that
-        nobody expected), 3 an export is at fault, 130 interrupted. A wrong command
+        The exit status: 0 fine, 1 the input is at fault or refused (or an unexpected
+        error), 3 an export is at fault, 130 interrupted. A wrong command
         line exits with 2.
     """
     arguments = _parser().parse_args(argv)
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _explain(error: BaseException) -> tuple[int, str]:
-    """The exit status of an error, and what to say of it."""
+    """Return the exit status of an error, and its message."""
     from vsraq.checkpoint import CheckpointError
 
     text = " ".join(str(error).split()) or type(error).__name__
@@ -182,12 +182,12 @@ def _select_tokens(arguments: argparse.Namespace) -> int:
         check,
         load_recipe,
         mask_path,
-        refuse_without_selection,
+        refuse_without_token_selection,
         select_tokens,
     )
 
     recipe = load_recipe(arguments.config, arguments.overrides)
-    refuse_without_selection(recipe)
+    refuse_without_token_selection(recipe)
     print(f"checked: {check(recipe)}")
     if arguments.check_only:
         return 0

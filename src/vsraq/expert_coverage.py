@@ -27,8 +27,8 @@ class ExpertCoverage:
     Args:
         min_tokens: Experts with fewer tokens are named.
 
-    Experts are tuned on what the quantized stream sends them, so that decides which
-    have too few; what full precision sends them stands beside it.
+    Experts are tuned on the tokens of the quantized stream, so these decide which have
+    too few. The counts in full precision are kept for comparison.
 
     Attributes:
         tokens: By router name, tokens of each expert on the quantized stream, (E,)
@@ -49,11 +49,11 @@ class ExpertCoverage:
         fp_selected: Tensor,
         mask: Tensor | None = None,
     ) -> None:
-        """Count some tokens, those of every process that tunes the model.
+        """Count tokens, summed over all processes that tune the model.
 
         Args:
             router: The router's name.
-            num_experts: Experts with weights; choices behind them do not count.
+            num_experts: Experts with weights; higher indices do not count.
             q_selected: The experts that it chose on the quantized stream, (T, K).
             fp_selected: Those that it chose in full precision, (T, K).
             mask: Tokens that count, (T,), or None for all.
@@ -69,7 +69,7 @@ class ExpertCoverage:
             counts[router] = counts.get(router, 0) + found.cpu()
 
     def starved(self, router: str) -> list[int]:
-        """Experts with fewer than `min_tokens` tokens."""
+        """List the experts with fewer than `min_tokens` tokens."""
         return (self.tokens[router] < self.min_tokens).nonzero().flatten().tolist()
 
     def __bool__(self) -> bool:
@@ -77,7 +77,7 @@ class ExpertCoverage:
         return bool(self.tokens)
 
     def table(self) -> Iterator[str]:
-        """Lines for a log: tokens per expert of each router."""
+        """Yield lines for a log: tokens per expert of each router."""
         width = max(map(len, self.tokens), default=0)
         yield (
             f"{'tokens per expert':{width}}  {'min':>8} {'median':>8} {'max':>8}  "
@@ -92,7 +92,7 @@ class ExpertCoverage:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """What `save` writes."""
+        """Return what `save` writes."""
         return {
             "min_tokens_per_expert": self.min_tokens,
             "routers": {

@@ -23,16 +23,16 @@ def eager() -> AbstractContextManager[None]:
 
 
 def ranking_of(rank_by: RankBy, router: BoundRouter, logits: Tensor) -> Tensor | None:
-    """What ranks the experts of a router, (T, E); None is their logits."""
+    """Return the ranking of a router's experts, (T, E); None ranks by logits."""
     return None if rank_by == "logits" else router.ranking(logits)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What is kept of one call of a router."""
+    """A record of one call of a router."""
 
     target: FpTarget | None  # of the own routers' loss
-    selected: Tensor | None  # (T, K), int16; None if nobody knows what it chooses
+    selected: Tensor | None  # (T, K), int16; None if the router's rule is unknown
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,14 @@ class FpRouters:
 
 
 class FullPrecisionCapture:
-    """Captures the routers of a block during AutoRound's reference forward.
+    """A capture of a block's routers during AutoRound's reference forward.
 
     Args:
         block: The block.
         routers: Its routers, named relative to it.
         alignment: The parts that are on: they decide what is kept.
         objective: Of the own routers' loss.
-        cache_device: Where it is kept.
+        cache_device: Where the captured tensors are kept.
 
     Attributes:
         is_awaiting: Whether the next forward pass of the block is to be captured.
@@ -95,8 +95,9 @@ class FullPrecisionCapture:
     def running(self) -> Iterator[None]:
         """Capture the forward pass that runs inside.
 
-        Compiled code runs in eager mode there: it would keep calling the hooks of the
-        block that it was compiled for. One forward pass of many, so it costs little.
+        Compiled code runs in eager mode there, because it would call the hooks of the
+        block that it was compiled for. This is one pass of many, so
+        it costs little.
         """
         self.is_awaiting = False
         self._refit = self._empty_refit()
@@ -104,7 +105,7 @@ class FullPrecisionCapture:
             yield
 
     def remove(self) -> None:
-        """Await no forward pass any more; AutoRound calls it as that of a hook."""
+        """Stop awaiting a forward pass; AutoRound calls this as it does for hooks."""
         self.is_awaiting = False
 
     def _keep(self, router: BoundRouter, values: Tensor) -> _Call:
@@ -129,7 +130,7 @@ class FullPrecisionCapture:
     def take(
         self, name: str, tensors: BlockTensors, forward: Callable[[], object] | None
     ) -> FpRouters:
-        """What was kept, split by sample.
+        """Return what was kept, split by sample.
 
         Args:
             name: The block's name.
@@ -152,19 +153,21 @@ class FullPrecisionCapture:
                     f"block {name}: no full-precision router logits were captured, and "
                     "its inputs are the quantized stream, so they cannot be derived; "
                     "allowed are callers that let AutoRound run the reference forward "
-                    f"(reference_output=None); else: {error}"
+                    f"(reference_output=None); the cause: {error}"
                 ) from error
             with self.running(), torch.no_grad():
                 forward()
             captured = self._capture.take()
         targets, logits, selected = {}, {}, {}
         for router, calls in captured.items():
-            own = [call.target for call in calls if call.target is not None]
-            if own:
-                targets[router] = split_samples(name, router, own, tensors.tokens)
+            call_targets = [call.target for call in calls if call.target is not None]
+            if call_targets:
+                targets[router] = split_samples(
+                    name, router, call_targets, tensors.tokens
+                )
             if router in self._refit:
-                kept_logits = self._refit.pop(router)
-                logits[router] = kept_logits.samples(name, router, tensors.tokens)
+                refit_logits = self._refit.pop(router)
+                logits[router] = refit_logits.samples(name, router, tensors.tokens)
             chosen = [call.selected for call in calls if call.selected is not None]
             if chosen:
                 selected[router] = torch.cat(chosen)

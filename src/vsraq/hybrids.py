@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What models with several kinds of decoder layers need.
+"""The attention mask of models with several kinds of decoder layers.
 
 AutoRound replays the keyword arguments of the first block into every block. In a
 hybrid (Nemotron-H, LFM2-MoE, Jamba) the first block is a Mamba or convolution layer
-and gets the mask of padding, (B, S) integers; attention cannot take that, and the run
-would crash at the first attention block, in the middle.
+and gets the mask of padding, (B, S) integers. Attention cannot take that, so the run
+would crash at its first attention block.
 """
 
 from collections import Counter
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def layer_kinds(model: nn.Module, block_names: Sequence[str]) -> tuple[str, ...]:
-    """The kind of each decoder block, as the model's config or its classes tell."""
+    """Return the kind of each decoder block, from the model's config or classes."""
     config = getattr(model, "config", None)
     for attribute in ("layers_block_type", "layer_types"):
         kinds = getattr(config, attribute, None)
@@ -27,7 +27,7 @@ def layer_kinds(model: nn.Module, block_names: Sequence[str]) -> tuple[str, ...]
 def adapt_attention_mask(
     model: nn.Module, block_names: Sequence[str], cached: dict[str, Any]
 ) -> None:
-    """Make the cached mask of a hybrid one that every layer can take.
+    """Change the cached mask of a hybrid to one that every layer can take.
 
     Where only the end of a sample is masked, the mask is dropped: every layer is
     causal, so nothing before the masked tokens changes, and AutoRound leaves those out

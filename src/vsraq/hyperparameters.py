@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which values the hyper-parameters of the losses may have.
 
-A name means the same in every loss, so that one row here is enough for a new one.
+A name means the same in every loss, so each name has one row here.
 """
 
 import sys
@@ -47,7 +47,8 @@ def check_hyperparameters(**hyperparameters: Any) -> None:
     """Check values that do not depend on a tensor; unknown names pass.
 
     Raises:
-        ValueError: One is not allowed, with its name, value and what is allowed.
+        ValueError: One is not allowed; the message has its name, its value and what
+            is allowed.
     """
     for name, value in hyperparameters.items():
         is_allowed, allowed = ALLOWED.get(name, (lambda _: True, ""))

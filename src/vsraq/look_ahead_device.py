@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a block that is looked ahead at runs, on a machine with several devices."""
+"""The device on which a following block runs ahead of its turn."""
 
 from collections import Counter
 
@@ -10,11 +10,11 @@ from torch import nn
 def look_ahead_device(
     block: nn.Module, default: torch.device | str
 ) -> torch.device | str:
-    """The device on which AutoRound's device map puts most of a block.
+    """Return the device on which AutoRound's device map puts most of a block.
 
     A map by name ({"model.layers.1": "cuda:1"}) is what AutoRound writes on the layers
     as `tuning_device` before it tunes. An automatic one is made for each block when its
-    turn comes, so it says nothing yet of the following ones.
+    turn comes, so it says nothing yet about the following ones.
 
     Args:
         block: The block as it will run, so without its experts.

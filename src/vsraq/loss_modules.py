@@ -35,7 +35,7 @@ class RouterLoss(nn.Module):
     def forward(
         self, q_logits: Tensor, fp_logits: FpLogits, mask: Tensor | None = None
     ) -> Tensor:
-        """Mean loss over the tokens whose `mask` is 1.
+        """Compute the mean loss over the tokens whose `mask` is 1.
 
         Args:
             q_logits: Quantized router logits, (..., E).
@@ -52,7 +52,7 @@ class RouterLoss(nn.Module):
         return reduce_tokens(loss, mask)
 
     def extra_repr(self) -> str:
-        """The hyper-parameters, for `repr`."""
+        """Return the hyper-parameters, for `repr`."""
         return ", ".join(f"{k}={v!r}" for k, v in self.hyperparameters.items())
 
 
@@ -114,7 +114,7 @@ class SRALoss(RouterLoss):
     def forward(
         self, q_logits: Tensor, fp_logits: FpLogits, mask: Tensor | None = None
     ) -> Tensor:
-        """Mean loss over the selected tokens.
+        """Compute the mean loss over the selected tokens.
 
         Raises:
             ValueError: `mask` is None, or a shape is not allowed.

@@ -34,7 +34,7 @@ def topk_mse(
     top_k: int,
     multiplier: int | Literal["all"] = 1,
 ) -> Tensor:
-    """Squared logit error over the first m = min(multiplier * K, E) ranks.
+    """Compute the squared logit error over the first m = min(multiplier * K, E) ranks.
 
     (1/m) sum_{i<=m} (zq_pi(i) - zf_pi(i))^2: VSRAQ Eq. 7 with `multiplier=1`, SRA Eq. 9
     with 3, every expert with "all". Units: logits squared.
@@ -65,7 +65,7 @@ def sigmoid_aware_mse(
     gamma: float = 1.0,
     eps: float = 1e-3,
 ) -> Tensor:
-    """Squared error of the sigmoid scores, heaviest where the sigmoid is steep.
+    """Compute the squared error of sigmoid scores, most where the sigmoid is steep.
 
     (1/K) sum_{i<=K} w_i (s(zq_pi(i)) - s(zf_pi(i)))^2 with s the sigmoid and
     w_i = (p_i (1 - p_i))^gamma + eps, p_i = s(zf_pi(i)): VSRAQ Eq. 8-10.
@@ -98,7 +98,7 @@ def rank(
 
     1/(K-1) sum_{i<K} softplus(margin - (zq_pi(i) - zq_pi(i+1))): VSRAQ Eq. 13. Reads
     only the order of `fp_logits`; it does not vanish when the logits agree. Among the
-    first K experts the order is that of the logits, also where the ranking is not: the
+    first K experts the order is that of the logits, even if the ranking is another: the
     loss must not pull the logits away from those of full precision.
 
     Args:
@@ -184,7 +184,7 @@ def pairwise_margin(
 def router_kl(
     q_logits: Tensor, fp_logits: FpLogits, *, top_m: int | None = None
 ) -> Tensor:
-    """KL(softmax(zf) || softmax(zq)) in nats (EAQuant, arXiv:2506.13329).
+    """Compute KL(softmax(zf) || softmax(zq)) in nats (EAQuant, arXiv:2506.13329).
 
     Args:
         q_logits: Quantized router logits, (..., E).
@@ -214,7 +214,7 @@ def mse_kl(
     kl_weight: float = 1.0,
     top_m: int | None = None,
 ) -> Tensor:
-    """Squared logit error over all experts plus `router_kl` (EAQuant).
+    """Compute the squared logit error over all experts plus `router_kl` (EAQuant).
 
     (1/E) sum_i (zq_i - zf_i)^2 + kl_weight KL(softmax(zf) || softmax(zq)). EAQuant
     (arXiv:2506.13329) adds both without a weight to score a candidate of the router's
@@ -240,10 +240,10 @@ def mse_kl(
 
 
 def input_mse(q_inputs: Tensor, fp_inputs: Tensor) -> Tensor:
-    """Squared error of the router's input, the normalized hidden states.
+    """Compute the squared error of the router's input, the normalized hidden states.
 
     (1/H) sum_h (xq_h - xf_h)^2. The router and the experts of its layer all read this
-    vector, so it stands for more than the logits; no paper has it in this place.
+    vector, so it covers more than the logits; no paper uses it as a router loss.
 
     Args:
         q_inputs: Inputs of the router on the quantized path, (..., H).
@@ -276,7 +276,7 @@ def vsraq(
     rank_weight: float = 0.01,
     margin_weight: float = 0.05,
 ) -> Tensor:
-    """Value and structure alignment: the whole router loss of VSRAQ, Eq. 17.
+    """Compute the whole router loss of VSRAQ, value and structure alignment (Eq. 17).
 
     (1 - alpha) topk_mse + alpha sigmoid_aware_mse + rank_weight rank
     + margin_weight margin (Eq. 11 and 16), defaults from Table 1.
@@ -321,7 +321,7 @@ def vsraq(
 
 
 def reduce_tokens(loss: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over the tokens that count: sum(mask * loss) / sum(mask) (SRA Eq. 8).
+    """Average over the tokens that count: sum(mask * loss) / sum(mask) (SRA Eq. 8).
 
     Args:
         loss: Per-token loss, any shape.
@@ -347,14 +347,14 @@ def reduce_tokens(loss: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 def multiplied_ranks(top_k: int, num_experts: int, multiplier: int | str) -> int:
-    """How many ranks `topk_mse` reads: min(multiplier * K, E), or E for "all"."""
+    """Return how many ranks `topk_mse` reads: min(multiplier * K, E), E for "all"."""
     if multiplier == "all":
         return num_experts
     return min(int(multiplier) * top_k, num_experts)
 
 
 def boundary_ranks(top_k: int, num_experts: int, boundary: int) -> int:
-    """How many ranks a margin loss reads: min(K + b, E)."""
+    """Return how many ranks a margin loss reads: min(K + b, E)."""
     return min(top_k + boundary, num_experts)
 
 
@@ -376,7 +376,7 @@ def _check_shapes(q_logits: Tensor, fp_logits: FpLogits) -> None:
 def _by_rank(
     q_logits: Tensor, fp_logits: FpLogits, ranks: int
 ) -> tuple[Tensor, Tensor]:
-    """Both logits at the first full-precision ranks, (..., ranks) each."""
+    """Return both logits at the first full-precision ranks, (..., ranks) each."""
     _check_shapes(q_logits, fp_logits)
     fp = rank_logits(fp_logits, ranks)
     return computed(q_logits).gather(-1, fp.indices.long()), fp.values

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 
 def jaccard(q_selected: Tensor, fp_selected: Tensor) -> Tensor:
-    """Overlap of the selected expert sets: |Tf & Tq| / |Tf | Tq| (VSRAQ Eq. 18).
+    """Compute the overlap of selected experts: |Tf & Tq| / |Tf | Tq| (VSRAQ Eq. 18).
 
     Args:
         q_selected: Expert indices of the quantized model, (..., K), unique per token.
@@ -32,7 +32,7 @@ def jaccard(q_selected: Tensor, fp_selected: Tensor) -> Tensor:
 
 
 def output_kl(q_logits: Tensor, fp_logits: Tensor) -> Tensor:
-    """KL(fp || q) of the next-token distributions, in nats.
+    """Compute KL(fp || q) of the next-token distributions, in nats.
 
     Args:
         q_logits: Output logits of the quantized model, (..., V).
@@ -51,7 +51,7 @@ def output_kl(q_logits: Tensor, fp_logits: Tensor) -> Tensor:
 
 
 def jsd(q_logits: Tensor, fp_logits: Tensor) -> Tensor:
-    """Jensen-Shannon divergence of the next-token distributions (SRA Eq. 10).
+    """Compute the Jensen-Shannon divergence of next-token distributions (SRA Eq. 10).
 
     (KL(fp || m) + KL(q || m)) / 2 with m = (fp + q) / 2, over the whole vocabulary and
     without a temperature.
@@ -80,7 +80,7 @@ def sampled_jsd(
     top_k: int | None = 20,
     top_p: float | None = 0.95,
 ) -> Tensor:
-    """Jensen-Shannon divergence of what the two models would sample (SRA Eq. 2, 11-12).
+    """Compute the JSD of what the two models would sample (SRA Eq. 2, 11-12).
 
     Each model's distribution is cut to its own candidates and renormalised on them;
     tokens that only the other model has as candidates get zero. Candidates are those
@@ -93,7 +93,7 @@ def sampled_jsd(
         q_logits: Output logits of the quantized model, (..., V); -inf masks a token.
         fp_logits: Output logits of the full-precision model, (..., V).
         temperature: What the logits are divided by, > 0.
-        top_k: Candidates at most, >= 0; None or 0 takes the whole vocabulary.
+        top_k: How many candidates at most, >= 0; None or 0 takes the whole vocabulary.
         top_p: The smallest set of candidates with this probability stays, above 0 to 1;
             None or 1 keeps all.
 
@@ -109,21 +109,21 @@ def sampled_jsd(
     sampling = (temperature, top_k, top_p)
     q_index, q_p = _candidates("q_logits", q_logits, *sampling)
     fp_index, fp_p = _candidates("fp_logits", fp_logits, *sampling)
-    # The union without a V-sized tensor: behind each other, sorted by token, every
-    # token stands at most twice, once per model and then in neighbouring places.
+    # The union without a V-sized tensor: concatenated and sorted by token, a token
+    # occurs at most twice, once per model, in neighbouring places.
     index, order = torch.cat((q_index, fp_index), -1).sort(dim=-1, stable=True)
     q_p = F.pad(q_p, (0, fp_p.shape[-1])).gather(-1, order)
     fp_p = F.pad(fp_p, (q_index.shape[-1], 0)).gather(-1, order)
     twice = index[..., 1:] == index[..., :-1]
     fp_of_next = torch.where(twice, fp_p[..., 1:], 0.0)
     fp_p = fp_p + F.pad(fp_of_next, (0, 1))
-    # the second of a pair is accounted for with the first
+    # the second of a pair is counted with the first
     fp_p[..., 1:] = torch.where(twice, 0.0, fp_p[..., 1:])
     return _jsd(q_p, fp_p)
 
 
 def routing_shift(q_selected: Tensor, fp_selected: Tensor, *, p: float = 0.9) -> Tensor:
-    """How far the ranked experts moved: 1 - RBO / (1 - p^K) (SRA Eq. 3-5).
+    """Compute how far the ranked experts moved: 1 - RBO / (1 - p^K) (SRA Eq. 3-5).
 
     RBO = (1 - p) sum_{d<=K} p^(d-1) A_d with A_d the overlap of the first d experts of
     both rankings, divided by d; 1 - p^K is the RBO of equal rankings.
@@ -153,7 +153,7 @@ def routing_shift(q_selected: Tensor, fp_selected: Tensor, *, p: float = 0.9) ->
 
 
 def next_token_nll(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """Negative log-likelihood of each next token, in nats.
+    """Compute the negative log-likelihood of each next token, in nats.
 
     Args:
         logits: (B, S, V).
@@ -179,7 +179,7 @@ class StreamingMean:
         self.count += values.numel()
 
     def compute(self) -> float:
-        """The mean.
+        """Return the mean.
 
         Raises:
             ValueError: Nothing was added.
@@ -195,7 +195,8 @@ def check_sampling(
     """Check the parameters of `sampled_jsd`.
 
     Raises:
-        ValueError: One is not allowed, with its name, value and what is allowed.
+        ValueError: One is not allowed; the message has its name, its value and what
+            is allowed.
     """
     if not 0 < temperature < math.inf:
         raise ValueError(
@@ -220,7 +221,7 @@ def _candidates(
     top_k: int | None,
     top_p: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens (..., m) and their probabilities, 0 for those that were filtered out."""
+    """Return tokens (..., m) and their probabilities, 0 where filtered out."""
     vocabulary = logits.shape[-1]
     values, index = _highest(logits, min(top_k or vocabulary, vocabulary))
     _check_highest(name, values[..., 0])
@@ -235,7 +236,7 @@ def _candidates(
 
 
 def _highest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` highest logits of each token and all that equal the last of them.
+    """Find the `count` highest logits of each token and all equal to the last of them.
 
     Returns:
         Values (..., m), best first and equal ones by index, -inf where a token has
@@ -251,21 +252,21 @@ def _highest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         lowest = values[..., count - 1, None]
         # clamped, because -inf is no candidate where fewer than `count` are finite
         among = values >= lowest.clamp(min=torch.finfo(logits.dtype).min)
-        kept = int(among.sum(-1).max()) if among.numel() else count
-        if kept < width or width == vocabulary:
+        most = int(among.sum(-1).max()) if among.numel() else count
+        if most < width or width == vocabulary:
             break
-    kept = max(kept, 1)
+    most = max(most, 1)
     values = values.masked_fill(values < lowest, -math.inf)
     # topk leaves the order of equal logits open, and top-p may cut among them
-    index, order = index[..., :kept].sort(dim=-1)
+    index, order = index[..., :most].sort(dim=-1)
     values, order = (
-        values[..., :kept].gather(-1, order).sort(dim=-1, descending=True, stable=True)
+        values[..., :most].gather(-1, order).sort(dim=-1, descending=True, stable=True)
     )
     return values, index.gather(-1, order)
 
 
 def _jsd(q: Tensor, fp: Tensor) -> Tensor:
-    """JSD of two distributions over the same tokens, (..., N) x (..., N) -> (...)."""
+    """Compute the JSD over the same tokens, (..., N) x (..., N) -> (...)."""
     total = q + fp
     # With d in [-1, 1], q = m (1 + d) and fp = m (1 - d): small differences do not
     # cancel, as they would in q log(q / m) + fp log(fp / m).
@@ -275,7 +276,7 @@ def _jsd(q: Tensor, fp: Tensor) -> Tensor:
 
 
 def _check_highest(name: str, highest: Tensor) -> None:
-    """Refuse logits that are no distribution; a NaN counts as the highest."""
+    """Refuse logits that give no distribution; a NaN counts as the highest."""
     bad = highest[~highest.isfinite()]
     if bad.numel():
         raise ValueError(

@@ -53,10 +53,10 @@ class Objective:
             such an argument.
         hyperparameters: Keyword arguments of `token_loss` besides `top_k`.
         ranks_read: `(top_k, num_experts, hyperparameters) -> int`, how many
-            full-precision ranks the loss reads; capture stores no more than that. One
-            that reads all of them treats all experts alike. None: it reads all, and
-            their order may matter.
-        compares: What the loss gets of a router: its logits, (..., E), or its inputs,
+            full-precision ranks the loss reads; capture stores no more than that. A
+            loss that reads all of them treats all experts alike. None: it reads all,
+            and their order may matter.
+        compares: What the loss reads of a router: its logits, (..., E), or its inputs,
             (..., H).
         selects_tokens: Whether it is meant for the selected tokens only (SRA).
 
@@ -81,17 +81,17 @@ class Objective:
             )
         parameters = inspect.signature(self.token_loss).parameters
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        own = [n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
-        own = [name for name in own if name != "top_k"]
+        known = [n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY]
+        known = [name for name in known if name != "top_k"]
         for name in self.hyperparameters:
-            if name not in own and not takes_any:
+            if name not in known and not takes_any:
                 raise ValueError(
                     f"{name}={self.hyperparameters[name]!r}: objective {self.name!r} "
-                    f"has no such hyper-parameter; it has {', '.join(own) or 'none'}"
+                    f"has no such hyper-parameter; it has {', '.join(known) or 'none'}"
                 )
         defaults = {
             name: parameters[name].default
-            for name in own
+            for name in known
             if parameters[name].default is not inspect.Parameter.empty
         }
         complete = defaults | dict(self.hyperparameters)
@@ -100,7 +100,7 @@ class Objective:
         object.__setattr__(self, "_takes_top_k", "top_k" in parameters)
 
     def __call__(self, q_logits: Tensor, fp_logits: FpLogits, *, top_k: int) -> Tensor:
-        """The loss of each token, (..., E) x (..., E) -> (...); H for inputs."""
+        """Compute the loss per token, (..., E) x (..., E) -> (...); H for inputs."""
         if self._takes_top_k:
             return self.token_loss(
                 q_logits, fp_logits, top_k=top_k, **self.hyperparameters
@@ -108,12 +108,12 @@ class Objective:
         return self.token_loss(q_logits, fp_logits, **self.hyperparameters)
 
     def target(
-        self, fp_values: Tensor, *, top_k: int, ranking: Tensor | None = None
+        self, fp_compared: Tensor, *, top_k: int, ranking: Tensor | None = None
     ) -> FpLogits:
-        """What of full precision this objective reads, detached.
+        """Return what this objective reads in full precision, detached.
 
         Args:
-            fp_values: Full-precision logits (T, E), or inputs (T, H).
+            fp_compared: Full-precision logits (T, E), or inputs (T, H).
             top_k: K of the router.
             ranking: Expert indices in the order that ranks them, (T, E); None ranks by
                 the logits.
@@ -122,9 +122,9 @@ class Objective:
             The ranks that the loss reads, or the inputs.
         """
         if self.compares == "inputs":
-            return fp_values.detach()
-        ranks = self.ranks(top_k, fp_values.shape[-1])
-        return rank_logits(fp_values, ranks, ranking)
+            return fp_compared.detach()
+        ranks = self.ranks(top_k, fp_compared.shape[-1])
+        return rank_logits(fp_compared, ranks, ranking)
 
     @property
     def depends_on_ranking(self) -> bool:
@@ -136,7 +136,7 @@ class Objective:
         return self.ranks_read is None or self.ranks(1, 1000) < 1000
 
     def ranks(self, top_k: int, num_experts: int) -> int:
-        """How many full-precision ranks this objective reads."""
+        """Return how many full-precision ranks this objective reads."""
         if self.ranks_read is None:
             return num_experts
         return self.ranks_read(top_k, num_experts, self.hyperparameters)
@@ -182,7 +182,7 @@ ObjectiveLike: TypeAlias = str | Objective | Mapping[str, Any]
 
 
 def get_objective(objective: ObjectiveLike) -> Objective:
-    """The objective that a name, a mapping or an `Objective` stands for.
+    """Return the objective that a name, a mapping or an `Objective` stands for.
 
     Args:
         objective: A key of `OBJECTIVES`; a mapping of "name" to one, and of

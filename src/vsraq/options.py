@@ -44,7 +44,7 @@ _Metadata: TypeAlias = dict[str, Any]
 
 
 def _allowed(check: Callable[[Any], bool], text: str) -> _Metadata:
-    """What an option may be: a check of its value, and words for it."""
+    """Say what an option may be: a check of its value, and words for it."""
     return {"check": check, "allowed": text}
 
 
@@ -96,7 +96,7 @@ class Threshold:
 
     Attributes:
         tau: Its Sampled-JSD is above this, nats (SRA Eq. 7).
-        shift_threshold: And its routing shift is above this; None: any.
+        shift_threshold: And its routing shift is above this; None allows any.
     """
 
     tau: float = field(default=1e-4, metadata=_JSD)
@@ -110,7 +110,7 @@ _SETTINGS: Mapping[str, type[RefitSettings] | type[Threshold]] = {
 
 
 def _switch(name: str) -> _Metadata:
-    """A switch, or a mapping of its settings, which turns it on."""
+    """Allow a bool, or a mapping of settings, which turns the switch on."""
     settings = _SETTINGS[name]
     known = ", ".join(setting.name for setting in fields(settings))
 
@@ -140,17 +140,17 @@ def _check_fields(owner: type, values: Mapping[str, Any], section: str = "") -> 
 
 @dataclass(frozen=True)
 class Alignment:
-    """Which parts of router alignment a run has, every option with its final value.
+    """The parts of router alignment that a run has: final values of all options.
 
     Attributes:
         router_weight: Weight of the own routers' loss; 0 is off.
         next_router_weight: Weight of the next router's loss; 0 is off.
-        realign_routers: Whether routers are re-fitted, or the settings of that.
+        realign_routers: Whether routers are re-fitted, or the settings of the re-fit.
         objective: The loss per token of the own routers.
         next_router_objective: That of the next router; None takes `objective`.
         rank_by: Which order of the experts the losses read.
         router_pattern: What names the routers; None finds them.
-        token_selection: Whether only tokens count whose output changed, or by how much.
+        token_selection: Whether only tokens count whose output changed, or how much.
         token_mask: Which tokens; None finds them.
         lookahead: Blocks that may be run to reach the next router.
         auto_ratio: Strength of automatic weights.
@@ -228,7 +228,7 @@ class Alignment:
         )
 
     def unused_options(self) -> dict[str, str]:
-        """Options that have no effect, and what each of them needs."""
+        """Return the options that have no effect, and what each of them needs."""
         needed = {}
         if not self.has_terms:
             needed["rank_by"] = "a router_weight or next_router_weight"
@@ -238,8 +238,8 @@ class Alignment:
             part = "a part of the alignment that is on"
             needed |= dict.fromkeys(_OF_ANY_PART, part)
         if not self.token_selection:
-            selection = 'objective="sra" or token_selection=True'
-            needed["token_mask"] = selection
+            token_selection = 'objective="sra" or token_selection=True'
+            needed["token_mask"] = token_selection
         if self.next_router_weight == 0:
             next_term = "a next_router_weight"
             needed |= dict.fromkeys(("lookahead", "next_router_objective"), next_term)
@@ -248,7 +248,7 @@ class Alignment:
         return needed
 
     def plain(self) -> dict[str, Any]:
-        """The options that have an effect, with final values, as YAML holds them."""
+        """Return the final values of options with an effect, as YAML holds them."""
         unused = {"objective", "next_router_objective", *self.unused_options()}
         values = {n: getattr(self, n) for n in OPTIONS if n not in unused}
         values["objective"] = get_objective(self.objective).name
@@ -310,7 +310,7 @@ def refuse_misplaced(named: Mapping[str, Any]) -> None:
 
 
 def resolve(named: Mapping[str, Any]) -> Alignment:
-    """The alignment of the options that a user has named.
+    """Resolve the options that a user has named to final values.
 
     Switch parts on to have only those, or switch parts off to have the others.
 
@@ -360,10 +360,10 @@ def check(named: Mapping[str, Any]) -> None:
 def _check_hyperparameters_are_read(alignment: Alignment) -> None:
     """Refuse hyper-parameters of an objective that no loss reads."""
     objective = alignment.objective
-    own_is_read = alignment.router_weight != 0 or (
+    is_read = alignment.router_weight != 0 or (
         alignment.next_router_weight != 0 and alignment.next_router_objective is None
     )
-    if not own_is_read and isinstance(objective, Mapping) and len(objective) > 1:
+    if not is_read and isinstance(objective, Mapping) and len(objective) > 1:
         raise ValueError(
             f"objective={dict(objective)!r}: its hyper-parameters have no effect "
             "without a term that has this objective (router_weight); pass that too, "

@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def process_count() -> int:
-    """How many processes tune together."""
+    """Return how many processes tune together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -26,7 +26,7 @@ def is_first_process() -> bool:
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
-    """The sum of every process's tensor, the same bits in all of them.
+    """Sum every process's tensor, with the same bits in all of them.
 
     Args:
         tensor: Of one shape and dtype in all processes, on any device.
@@ -42,12 +42,12 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
 
 
 def mean_over_processes(tensor: Tensor) -> Tensor:
-    """The mean of every process's tensor; see `sum_over_processes`."""
+    """Average every process's tensor; see `sum_over_processes`."""
     return sum_over_processes(tensor) / process_count()
 
 
 def from_first_process(tensor: Tensor) -> Tensor:
-    """The first process's tensor, of one shape and dtype in all processes."""
+    """Return the first process's tensor; all have the same shape and dtype."""
     if process_count() == 1:
         return tensor
     sent = tensor.detach().to(_group_device(), copy=True)
@@ -56,20 +56,20 @@ def from_first_process(tensor: Tensor) -> Tensor:
 
 
 def with_common_value(loss: Tensor) -> Tensor:
-    """A scalar with the mean of all processes as its value, and its own gradient.
+    """Give a scalar the mean of all processes as its value, and keep its gradient.
 
-    What is decided by its value is then decided alike in all processes.
+    Decisions by its value are then the same in all processes.
     """
     if process_count() == 1:
         return loss
-    own = loss.detach().double()
-    common = mean_over_processes(own).to(loss)
+    value = loss.detach().double()
+    common = mean_over_processes(value).to(loss)
     # exactly that value, which adding the difference would round
     return _CommonValue.apply(loss, common)
 
 
 def gather(value: T) -> list[T]:
-    """Every process's value, any that can be pickled, by rank."""
+    """Collect every process's value, any that can be pickled, by rank."""
     if process_count() == 1:
         return [value]
     values: list[T | None] = [None] * process_count()
@@ -78,7 +78,7 @@ def gather(value: T) -> list[T]:
 
 
 def _group_device() -> torch.device:
-    """Where the group can send tensors from."""
+    """Return a device that the group can send tensors from."""
     if "cpu:" in dist.get_backend_config():
         return torch.device("cpu")
     kind = torch.accelerator.current_accelerator()
@@ -88,7 +88,7 @@ def _group_device() -> torch.device:
 
 class _CommonValue(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: object, _own: Tensor, common: Tensor) -> Tensor:
+    def forward(ctx: object, _loss: Tensor, common: Tensor) -> Tensor:
         return common.clone()
 
     @staticmethod

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of full precision is kept of a router for a loss: its logits in rank order.
+"""A router's full-precision logits in rank order, as the losses read them.
 
 Shapes: T tokens, E experts, m ranks. Most losses read the first ranks only, and those
 take far less memory per calibration token than all logits.
@@ -34,21 +34,21 @@ class RankedLogits:
         return torch.Size((*self.values.shape[:-1], self.num_experts))
 
     def to(self, device: torch.device | str) -> "RankedLogits":
-        """The same ranks on another device."""
+        """Return the same ranks on another device."""
         return RankedLogits(
             self.values.to(device), self.indices.to(device), self.num_experts
         )
 
     def __len__(self) -> int:
-        """Tokens, where these are along the first dimension."""
+        """Return the number of tokens, if these are the first dimension."""
         return len(self.values)
 
     def __getitem__(self, tokens: slice) -> "RankedLogits":
-        """Some of the tokens."""
+        """Return some of the tokens."""
         return RankedLogits(self.values[tokens], self.indices[tokens], self.num_experts)
 
     def first(self, ranks: int) -> "RankedLogits":
-        """The first ranks.
+        """Return the first ranks.
 
         Raises:
             ValueError: Fewer were kept.
@@ -104,12 +104,12 @@ def rank_logits(
     )
 
 
-# what a loss is given of full precision: ranked logits, or inputs, (T, H)
+# the full-precision side of a loss: ranked logits, or inputs, (T, H)
 FpTarget: TypeAlias = RankedLogits | Tensor
 
 
 def concatenate(parts: Sequence[FpTarget]) -> FpTarget:
-    """The targets of several calls or samples of one router, in order."""
+    """Join the targets of several calls or samples of one router, in order."""
     tensors = [part for part in parts if isinstance(part, Tensor)]
     if tensors:
         return torch.cat(tensors)
@@ -128,5 +128,5 @@ def is_finite(target: FpTarget) -> bool:
 
 
 def computed(logits: Tensor) -> Tensor:
-    """Logits as the losses compute: float32, or float64 where the caller has that."""
+    """Convert logits to the losses' precision: float64 stays, others are float32."""
     return logits if logits.dtype == torch.float64 else logits.float()

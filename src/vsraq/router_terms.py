@@ -22,17 +22,17 @@ from vsraq.routers import Router
 OWN_ROUTER, NEXT_ROUTER = "router", "next router"
 # (output of the block, samples of the micro-batch) -> logits (T, E), or inputs (T, H),
 # by router name
-QValues: TypeAlias = Callable[[Tensor, list[int]], Mapping[str, Tensor]]
+QCompared: TypeAlias = Callable[[Tensor, list[int]], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class BlockTensors:
-    """What AutoRound tunes a block with.
+    """The tensors that AutoRound tunes a block with.
 
     Attributes:
         inputs: Hidden states on the path that is tuned, per sample (or AutoRound's
             mapping of several).
-        others: The other arguments that it has cached for the block.
+        others: The other arguments that AutoRound has cached for the block.
         fp_outputs: Outputs of the block in full precision, per sample, (1, S, H).
     """
 
@@ -43,16 +43,16 @@ class BlockTensors:
     @property
     def tokens(self) -> list[int]:
         """Tokens of each sample."""
-        # some families have several streams of hidden states behind these two
+        # some families have several streams of hidden states after these two dimensions
         return [output.shape[0] * output.shape[1] for output in self.fp_outputs]
 
     def batches(self, batch_size: int, count: int | None = None) -> list[list[int]]:
-        """The first `count` samples in order, or all, `batch_size` at a time."""
+        """Split the first `count` samples, or all, into batches in order."""
         samples = list(range(len(self.fp_outputs)))[:count]
         return [samples[i : i + batch_size] for i in samples[::batch_size]]
 
     def reference(self, samples: Sequence[int]) -> Tensor:
-        """Full-precision outputs of some samples, (B, S, H)."""
+        """Return the full-precision outputs of some samples, (B, S, H)."""
         return torch.cat([self.fp_outputs[i] for i in samples])
 
 
@@ -67,12 +67,12 @@ class RouterTerm:
             been balanced.
         routers: The routers it compares.
         fp_targets: By router name, what each sample has in full precision.
-        q_values: How the logits, or inputs, of a micro-batch are got.
-        every_second: Whether only every second sample of a step is looked at. They
-            are drawn anew in each iteration, so that the mean stays what it is, and a
-            look ahead costs half.
+        q_compared: Computes what is compared, logits or inputs, of a micro-batch.
+        every_second: Whether the term uses only every second sample of a step. Steps
+            are drawn anew in each iteration, so the expected loss stays the same, and
+            the look-ahead costs half.
         reached: Quantized layers of the block that the term depends on.
-        reaches_something: Whether any tuned parameter depends on it.
+        reaches_something: Whether the term depends on any tuned parameter.
     """
 
     label: str
@@ -80,13 +80,13 @@ class RouterTerm:
     weight: Weight
     routers: Sequence[Router]
     fp_targets: Mapping[str, list[FpTarget]]
-    q_values: QValues
+    q_compared: QCompared
     every_second: bool = False
     reached: int = 0
     reaches_something: bool = False
 
     def looked_at(self, step: Sequence[int]) -> Sequence[int]:
-        """The samples of a step that the term looks at.
+        """Return the samples of a step that the term uses.
 
         Args:
             step: All of its samples, over all micro-batches, in order.
@@ -100,7 +100,7 @@ class RouterTerm:
         mask: Tensor | None,
         looked_at: Sequence[int],
     ) -> Tensor | None:
-        """Mean over routers and counted tokens of the samples that are looked at.
+        """Average over routers and counted tokens of the samples that are looked at.
 
         Args:
             output: The block's output, (B, S, H).
@@ -121,10 +121,10 @@ class RouterTerm:
             each = output.unbind()  # its gradient is one copy
             output = torch.stack([each[row] for row in rows])
             samples = [samples[row] for row in rows]
-        q_values = self.q_values(output, samples)
+        q_compared = self.q_compared(output, samples)
         losses = []
         for router in self.routers:
-            q = q_values[router.name]
+            q = q_compared[router.name]
             targets = self.fp_targets[router.name]
             fp = concatenate([targets[i] for i in samples]).to(q.device)
             loss = self.objective(q, fp, top_k=router.top_k)
@@ -140,26 +140,26 @@ def own_term(
     fp_targets: Mapping[str, list[FpTarget]],
     capture: RouterCapture[Tensor],
 ) -> RouterTerm:
-    """The term of a block's own routers, whose values a capture has seen.
+    """Build the term of a block's own routers, from what a capture records.
 
     Args:
         objective: The loss per token.
         weight: Its weight.
         routers: The block's routers.
         fp_targets: By router name, what each sample has in full precision.
-        capture: Is open while the block is tuned.
+        capture: Open while the block is tuned.
     """
 
-    def q_values(_output: Tensor, _samples: list[int]) -> dict[str, Tensor]:
-        return {name: torch.cat(kept) for name, kept in capture.take().items()}
+    def q_compared(_output: Tensor, _samples: list[int]) -> dict[str, Tensor]:
+        return {name: torch.cat(calls) for name, calls in capture.take().items()}
 
-    return RouterTerm(OWN_ROUTER, objective, weight, routers, fp_targets, q_values)
+    return RouterTerm(OWN_ROUTER, objective, weight, routers, fp_targets, q_compared)
 
 
 def split_samples(
     block: str, router: str, calls: Sequence[FpTarget], tokens: Sequence[int]
 ) -> list[FpTarget]:
-    """The target of each calibration sample, from those of each router call.
+    """Split the targets of router calls into one for each calibration sample.
 
     Raises:
         RuntimeError: The router saw other tokens than the block, or its values are not

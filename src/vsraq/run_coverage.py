@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says of the calibration tokens that its experts got."""
+"""What a run reports about the calibration tokens that its experts got."""
 
 import logging
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ logger = logging.getLogger("autoround.vsraq")
 
 
 class RunCoverage:
-    """Counts the tokens of every block that is tuned, and reports them at the end.
+    """Token counts of every tuned block, reported at the end of the run.
 
     Args:
         min_tokens: Experts with fewer tokens are named.
@@ -38,7 +38,7 @@ class RunCoverage:
         """Count the tokens of one router's experts; see `ExpertCoverage.add`.
 
         Raises:
-            ValueError: Some expert got too few, and that is an error.
+            ValueError: An expert got too few, and `on_unreached` is "error".
         """
         self._counts.add(router, num_experts, q_selected, fp_selected, mask)
         starved = self._counts.starved(router)
@@ -51,7 +51,7 @@ class RunCoverage:
             )
 
     def counts_of(self, router: str) -> dict[str, Tensor]:
-        """What was counted of one router, by kind, each (E,); see `restore`."""
+        """Return what was counted of one router, by kind, each (E,); see `restore`."""
         if router not in self._counts.tokens:
             return {}
         return {
@@ -60,7 +60,7 @@ class RunCoverage:
         }
 
     def restore(self, router: str, counts: Mapping[str, Tensor]) -> None:
-        """Take what `counts_of` gave in the run that is resumed."""
+        """Take over what `counts_of` gave in the run that is resumed."""
         if counts:
             self._counts.tokens[router] = counts["tokens"]
             self._counts.fp_tokens[router] = counts["fp_tokens"]

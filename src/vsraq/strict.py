@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user writes, checked by pydantic and refused in one line of ours.
+"""Check what a user writes with pydantic, and refuse it in one line.
 
 A subclass of `StrictModel` is a table of keys: each has a type and a description of
 what is allowed. Nothing is converted: "0.9" is no number, True no int, NaN no value.
@@ -62,7 +62,7 @@ def refuse_unknown(
     """Refuse a key that is not known.
 
     Raises:
-        ValueError: There is one; the message has the nearest known one.
+        ValueError: A key is unknown; the message has the nearest known one.
     """
     known = sorted(known)
     prefix = f"{section}." if section else ""
@@ -76,13 +76,13 @@ def refuse_unknown(
 
 
 def did_you_mean(value: object, known: Iterable[str], prefix: str = "") -> str:
-    """The nearest known name as a question, or nothing."""
+    """Return the nearest known name as a question, or a full stop."""
     near = difflib.get_close_matches(str(value)[:_LONGEST], known, n=1, cutoff=0.5)
     return f"; did you mean {prefix}{near[0]}?" if near else "."
 
 
 def shown(value: object) -> str:
-    """A value for a message: on one line, and not longer than one can read."""
+    """Format a value for a message: on one line, and shortened."""
     try:
         text = repr(value)
     except ValueError:  # an int of more digits than Python converts

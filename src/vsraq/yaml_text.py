@@ -2,8 +2,8 @@
 """YAML 1.2 as a recipe uses it: mappings, lists and plain values, by ruamel.yaml.
 
 `no` and `1:30` are text, `010` is ten, `1e-3` is a number, and a key that stands twice
-is an error. Refused is what a recipe does not need and what could hide something in
-it: tags, aliases, directives, several documents, deep nesting.
+is an error. What a recipe does not need and what could hide something is refused:
+tags, aliases, directives, several documents, deep nesting.
 """
 
 from io import StringIO
@@ -31,11 +31,11 @@ def _yaml() -> YAML:
 
 
 def read_text(path: str | Path) -> str:
-    """A file's text, UTF-8 whatever the locale, with or without a BOM.
+    """Read a file's text, UTF-8 whatever the locale, with or without a BOM.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is a folder, or no UTF-8.
+        ValueError: It is a folder, or not UTF-8.
     """
     path = Path(path)
     if path.is_dir():
@@ -53,10 +53,10 @@ def read_text(path: str | Path) -> str:
 
 
 def parse_yaml(text: str) -> Any:
-    """The values of one YAML document.
+    """Parse one YAML document.
 
     Raises:
-        ValueError: It is no YAML, or more than a recipe needs; one line, with the
+        ValueError: It is not YAML, or more than a recipe needs; one line, with the
             line of the text.
     """
     if len(text) > _MOST_CHARACTERS:
@@ -80,7 +80,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def write_yaml(values: Any) -> str:
-    """YAML that `parse_yaml` reads as the same values."""
+    """Write YAML that `parse_yaml` reads as the same values."""
     stream = StringIO()
     _yaml().dump(values, stream)
     return stream.getvalue()

@@ -23,7 +23,7 @@ CHUNK_TOKENS = 256
 
 @dataclass(frozen=True)
 class Comparison:
-    """How close a quantized model is to its full-precision original.
+    """Closeness of a quantized model to its full-precision original.
 
     Attributes:
         perplexity: exp of the mean next-token NLL of the quantized model.
@@ -43,11 +43,11 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Pass:
-    """What a model made of a batch of T tokens.
+    """Output of a model for a batch of T tokens.
 
     Attributes:
         selected: By router name, the experts it chose, (T, K).
-        rows: What stands behind its last block, (T, H), or its logits, (T, V).
+        rows: Hidden states after its last block, (T, H), or its logits, (T, V).
         returns_tuple: Whether its last block returns a tuple; None for logits.
     """
 
@@ -59,7 +59,7 @@ class _Pass:
     def head(
         self, model: nn.Module, blocks: Sequence[str]
     ) -> Iterator[Callable[[Tensor], Tensor]]:
-        """What turns rows into logits, (n, V)."""
+        """Yield the function that turns rows into logits, (n, V)."""
         if self.returns_tuple is None:
             yield lambda rows: rows
             return
@@ -81,7 +81,7 @@ def _run(
             rows, returns_tuple = block_output(last, lambda: model(input_ids=input_ids))
         else:
             rows = model(input_ids=input_ids).logits
-        selected = {name: torch.cat(kept) for name, kept in capture.take().items()}
+        selected = {name: torch.cat(calls) for name, calls in capture.take().items()}
     return _Pass(selected, rows.flatten(0, 1), returns_tuple)
 
 
@@ -154,7 +154,7 @@ _NO_TOKEN = -100
 
 
 def _chunks(input_ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Some tokens of a batch, and the token behind each of them."""
+    """Yield some tokens of a batch, and the token after each of them."""
     following = F.pad(input_ids[:, 1:], (0, 1), value=_NO_TOKEN).flatten()
     for start in range(0, len(following), CHUNK_TOKENS):
         part = slice(start, start + CHUNK_TOKENS)

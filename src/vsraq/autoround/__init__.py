@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rooms that import `auto_round`; importing this one registers "vsraq" there."""
+"""The package that imports `auto_round`; importing it registers "vsraq" there."""
 
 from auto_round.algorithms.registry import register_algorithm
 

@@ -2,7 +2,7 @@
 """Do something once AutoRound has wrapped the layers of the block that it tunes.
 
 AutoRound calls `self.wrapper_block` at the start of `quantize_block`, and builds no
-graph before it. The method is an attribute of the object: AutoRound sets it there too.
+graph before it. The method is replaced on that one object, as AutoRound itself does.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,8 +19,8 @@ def after_wrapping(
     """Call `action` with the block whose layers AutoRound has just wrapped.
 
     Args:
-        quantizer: AutoRound's; its `wrapper_block` is another one inside.
-        action: What is done.
+        quantizer: AutoRound's; its `wrapper_block` is replaced in the `with` block.
+        action: Gets the block.
     """
     wrapper_block: Callable[..., Any] = quantizer.wrapper_block
 

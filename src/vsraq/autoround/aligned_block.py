@@ -23,7 +23,7 @@ from vsraq.tokens.counted import CountedTokens
 
 @dataclass(frozen=True)
 class AlignedBlock:
-    """What is done to one block besides AutoRound's tuning.
+    """A block to tune, with what router alignment needs.
 
     Attributes:
         module: The block, or several in one module (`nblocks`).
@@ -45,15 +45,16 @@ class AlignedBlock:
 
     @property
     def name(self) -> str:
-        """Of the block, or of all blocks in the module."""
+        """The block's name, or the names of all blocks in the module."""
         return "+".join(self.names)
 
     def full_name(self, router: Router) -> str:
-        """A router's name in the model."""
+        """Return a router's name in the model."""
         if len(self.names) == 1:
             return f"{self.names[0]}.{router.name}"
-        _layers, index, own = router.name.split(".", 2)  # AutoRound's WrapperMultiblock
-        return f"{self.names[int(index)]}.{own}"
+        # AutoRound's WrapperMultiblock names them layers.<index>.<name>
+        _layers, index, name = router.name.split(".", 2)
+        return f"{self.names[int(index)]}.{name}"
 
     def check_routers(self) -> None:
         """Compare the block's routers with those of the model.
@@ -73,14 +74,14 @@ class AlignedBlock:
     def fp_routers(
         self, capture: FullPrecisionCapture | None, *, derivable: bool
     ) -> FpRouters:
-        """What the block's routers do in full precision.
+        """Return what the block's routers do in full precision.
 
         Args:
             capture: Of AutoRound's reference forward.
             derivable: Whether the block's inputs are those of full precision.
 
         Raises:
-            RuntimeError: It is not known.
+            RuntimeError: Nothing was captured, and it cannot be computed now.
         """
         if not self.routers:
             return FpRouters({}, {}, {})
@@ -101,10 +102,10 @@ class AlignedBlock:
 
         Args:
             fp_routers: What the routers choose in full precision.
-            quantized_stream: Whether the block is tuned on other inputs than those.
+            quantized_stream: Whether the block is tuned on quantized inputs.
 
         Raises:
-            ValueError: Some expert got too few, and that is an error.
+            ValueError: An expert got too few, and `on_unreached` is "error".
         """
         fp_selected = fp_routers.selected
         counted = [router for router in self.routers if router.name in fp_selected]
@@ -124,7 +125,7 @@ class AlignedBlock:
             )
 
     def own_term(self, fp_routers: FpRouters, stack: ExitStack) -> RouterTerm | None:
-        """The loss of the block's own routers, None if there is none.
+        """Build the term of the block's own routers, None if there is none.
 
         Args:
             fp_routers: What they do in full precision.
@@ -148,7 +149,7 @@ class AlignedBlock:
         )
 
     def next_term(self, device: torch.device | str) -> RouterTerm | None:
-        """The loss of the next router, None if there is none.
+        """Build the term of the next router, None if there is none.
 
         Args:
             device: Where it runs, unless AutoRound's device map names another.
@@ -191,7 +192,7 @@ class AlignedBlock:
 
 @contextmanager
 def without_checkpointing(block: nn.Module) -> Iterator[None]:
-    """Let a backward pass not run the block, and so its routers, once more.
+    """Switch off gradient checkpointing, which would run the routers twice.
 
     AutoScheme leaves gradient checkpointing on in the model that it has scored.
     """

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from vsraq.autoround.config import VSRAQConfig
 from vsraq.autoround.token_selection import (
-    Selection,
     SelectionDoneError,
+    TokenSelection,
     select_tokens_of_run,
 )
 from vsraq.options import Threshold
@@ -27,7 +27,7 @@ logger = logging.getLogger("autoround.vsraq")
 
 
 class AlignedTokens:
-    """The selected tokens of a run: those of a mask that is given, or computed.
+    """The selected tokens of a run, from a mask that is given or computed.
 
     Args:
         config: The run's configuration, with token selection on.
@@ -35,11 +35,11 @@ class AlignedTokens:
 
     Attributes:
         given: The mask that the configuration names, or None.
-        mask: The run's, once `select` has been called.
+        mask: The run's mask, once `select` has been called.
 
     Raises:
         FileNotFoundError: There is no file at the path of the mask.
-        ValueError: It is not a token mask.
+        ValueError: The file is not a token mask.
     """
 
     def __init__(self, config: VSRAQConfig, model: nn.Module) -> None:
@@ -53,8 +53,8 @@ class AlignedTokens:
             self._recorder = TokenRecorder(model)
 
     def calibrating(self) -> AbstractContextManager[object]:
-        """A context for AutoRound's calibration, in which the token ids are kept."""
-        # AutoRound calibrates once more for layers outside of the blocks
+        """Return a context that keeps the token ids of AutoRound's calibration."""
+        # AutoRound calibrates a second time for layers outside of the blocks
         if self._recorder is None or self._token_ids is not None:
             return nullcontext()
         return self._recorder
@@ -82,9 +82,9 @@ class AlignedTokens:
 
         Raises:
             NotImplementedError: The run is one of single blocks.
-            SelectionDoneError: The run was to select tokens only.
+            SelectionDoneError: The run only selects tokens.
             ValueError: The given mask is for other tokens, or too few samples have
-                selected ones to re-fit routers on.
+                selected tokens to re-fit routers on.
         """
         if self._token_ids is None or composer is None:
             raise NotImplementedError(
@@ -113,8 +113,8 @@ class AlignedTokens:
             logger.warning("vsraq: %s", warning)
         if selection is not None and self._config.select_only:
             raise SelectionDoneError(selection)
-        # a process with two holds one out and fits the other
-        fitted = max(gather(sum(bool(own.any()) for own in mask.masks)))
+        # a process with two samples holds one out and fits the other
+        fitted = max(gather(sum(bool(selected.any()) for selected in mask.masks)))
         if self._config.alignment.realign_routers and fitted < 2:
             raise ValueError(
                 f"token mask: {fitted} samples have selected tokens; re-fitting "
@@ -125,7 +125,7 @@ class AlignedTokens:
         return mask
 
     def _check(self, mask: TokenMask, token_ids: Sequence[Tensor]) -> None:
-        """Refuse a mask of other tokens, by its file's name if it came from one."""
+        """Refuse a mask of other tokens; name its file if it came from one."""
         try:
             mask.check(token_ids)
         except ValueError as error:
@@ -139,7 +139,7 @@ class AlignedTokens:
         orchestrator: Any,
         composer: "AlgorithmComposer",
         token_ids: Sequence[Tensor],
-    ) -> Selection:
+    ) -> TokenSelection:
         threshold = self._config.alignment.threshold or Threshold()
         selection = select_tokens_of_run(
             orchestrator,

@@ -52,8 +52,8 @@ logger = logging.getLogger("autoround.vsraq")
 class AlignmentRun:
     """The routers, tokens, counts and re-fits of a run.
 
-    To be made before AutoRound calibrates: it may empty the blocks after that, and the
-    token ids pass by only then.
+    Create it before AutoRound calibrates: the token ids are seen only then, and the
+    blocks may be empty afterwards.
 
     Args:
         config: The run's configuration.
@@ -67,7 +67,7 @@ class AlignmentRun:
         refitted: Re-fitted weights by parameter name, on the CPU until the last export.
 
     Raises:
-        ValueError: A MoE layer's router cannot be told.
+        ValueError: A MoE layer's router cannot be identified.
     """
 
     def __init__(self, config: VSRAQConfig, orchestrator: Any) -> None:
@@ -103,7 +103,7 @@ class AlignmentRun:
         return None if self._tokens is None else self._tokens.mask
 
     def routers_of(self, module: nn.Module) -> tuple[Router, ...]:
-        """The routers of the model or of a block, named relative to it."""
+        """Find the routers of the model or of a block, named relative to it."""
         if not self.alignment:
             return ()
         return find_routers(
@@ -120,7 +120,7 @@ class AlignmentRun:
         return self._groups
 
     def group_of(self, block: str) -> list[str]:
-        """All blocks of the stack that a block is in, tuned or not."""
+        """Return all blocks of the stack that a block is in, tuned or not."""
         return next((g for g in self.block_groups if block in g), [block])
 
     @property
@@ -130,21 +130,21 @@ class AlignmentRun:
     # ── Before the first block ───────────────────────────────────────────────
 
     def prepare(self, composer: "AlgorithmComposer | None", member: object) -> None:
-        """Refuse before the first block what cannot work in any.
+        """Refuse, before the first block, a run that cannot work.
 
         Args:
             composer: AutoRound's.
             member: The algorithm in it that this run belongs to.
 
         Raises:
-            ValueError: The model has no MoE router, one is to be quantized, the
+            ValueError: The model has no MoE router, one is to be quantized, an
                 objective needs more experts than one has, calibration samples are too
-                few or padded as a hybrid cannot take it, a checkpoint cannot be
+                few or padded where a hybrid cannot take it, a checkpoint cannot be
                 streamed in the device's precision, or `AR_RESUME_DIR` holds an
                 unfinished run with other settings.
             NotImplementedError: Its hidden states are not (batch, sequence, hidden),
-                its blocks cannot be run ahead, or several processes tune together
-                what each would find for itself; see `check_processes`.
+                its blocks cannot be run ahead, or several processes would each find
+                parameters of their own; see `check_processes`.
         """
         check_stream(self.orchestrator.model_context)
         self.coverage = RunCoverage(
@@ -183,12 +183,13 @@ class AlignmentRun:
     def _settings(
         self, composer: "AlgorithmComposer | None", member: object
     ) -> dict[str, str]:
-        """What decides the tuned weights besides AutoRound's own run signature."""
-        own = {k: v for k, v in vars(self._config).items() if not k.startswith("_")}
+        """Collect what decides the tuned weights besides AutoRound's run signature."""
+        config = vars(self._config)
+        settings = {k: v for k, v in config.items() if not k.startswith("_")}
         mask = None if self._tokens is None else self._tokens.given
-        own |= {
+        settings |= {
             "vsraq": version("vsraq"),
-            # the mask is told by its digest
+            # the digest below stands for the mask
             "alignment": replace(self.alignment, token_mask=None),
             "objective": self.alignment.own_objective,
             "next_router_objective": self.alignment.next_objective,
@@ -199,9 +200,9 @@ class AlignmentRun:
         }
         for other in composer.members() if composer is not None else ():
             if other is not member:
-                own[type(other).__name__] = vars(other.config)
+                settings[type(other).__name__] = vars(other.config)
         # an object's address differs in the process that resumes
-        return {n: re.sub(r" at 0x[0-9a-f]+", "", str(v)) for n, v in own.items()}
+        return {n: re.sub(r" at 0x[0-9a-f]+", "", str(v)) for n, v in settings.items()}
 
     def _check_processes(
         self, settings: dict[str, str], composer: "AlgorithmComposer | None"
@@ -220,7 +221,7 @@ class AlignmentRun:
         )
 
     def _check_model(self, composer: "AlgorithmComposer | None") -> None:
-        """What `prepare` refuses or says about the model and its routers."""
+        """Check the model and its routers."""
         self._checked = True
         drop_record(self.model)  # of an earlier run of this model
         blocks = [name for group in self.block_groups for name in group]
@@ -230,7 +231,7 @@ class AlignmentRun:
                 router for router in self.routers if any(map(router.is_in, blocks))
             )
         elif not self.routers and len(blocks) == 1:
-            # a dense block of a MoE model, or a dense model: one block cannot tell
+            # a dense block of a MoE model, or a dense model: one block does not show
             logger.warning(
                 "vsraq: AutoRound was given one block, %s, without a MoE router; it is "
                 "tuned as AutoRound does",
@@ -246,10 +247,10 @@ class AlignmentRun:
             )
         self._check_routers(composer)
         if self.orchestrator.compress_context.enable_torch_compile:
-            # Code compiled for an earlier run of this process knows no router hook,
-            # and torch.compile does not look whether there is one.
+            # Code compiled for an earlier run of this process calls no router hook,
+            # and torch.compile does not check for one.
             torch.compiler.reset()
-        self._say_what_is_aligned()
+        self._log_alignment()
 
     def _check_routers(self, composer: "AlgorithmComposer | None") -> None:
         alignment, routers = self.alignment, self.routers
@@ -266,7 +267,7 @@ class AlignmentRun:
         if alignment.next_router_weight != 0:
             check_next_router(self.model, self.orchestrator, composer)
 
-    def _say_what_is_aligned(self) -> None:
+    def _log_alignment(self) -> None:
         alignment, config = self.alignment, self._config
         one_block = config.nblocks == 1 and not config.enable_norm_bias_tuning
         if (
@@ -276,8 +277,8 @@ class AlignmentRun:
         ):
             logger.log(
                 logging.WARNING if alignment.next_router_weight == 0 else logging.INFO,
-                "vsraq: router_weight=%s: in no MoE block of %s does a quantized layer "
-                "stand before the router, so the own-router loss tunes nothing; "
+                "vsraq: router_weight=%s: no MoE block of %s has a quantized layer "
+                "before its router, so the own-router loss tunes nothing; "
                 'next_router_weight="auto" reaches the layers before a MoE block and '
                 "its experts",
                 alignment.router_weight,
@@ -297,19 +298,19 @@ class AlignmentRun:
     # ── Killed and resumed ───────────────────────────────────────────────────
 
     def _take_up(self, records: Sequence[BlockRecord]) -> None:
-        """Know what the killed run knew of the blocks that it has tuned."""
+        """Restore what the killed run knew about the blocks that it had tuned."""
         for record in records:
             self.refitted |= record.routers
             for router, counts in record.counts.items():
                 self.coverage.restore(router, counts)
         for block in self._tuned_groups[0][: len(records)]:
-            # Their shards are there; AutoRound would write weights in memory as well.
+            # Their shards are on disk; weights left in memory would be written again.
             self.model.get_submodule(block).to("meta")
 
     def start_block(self, block_ctx: Any, *, lacks_inputs: bool) -> None:
-        """Refuse to tune a block that AutoRound does not resume at, or without inputs.
+        """Refuse a block that AutoRound does not resume at, or that has no inputs.
 
-        AutoRound only warns of a resume folder that it cannot use.
+        AutoRound only warns about a resume folder that it cannot use.
 
         Args:
             block_ctx: AutoRound's names and index of the block.
@@ -324,13 +325,13 @@ class AlignmentRun:
         if index < self._done or (index > 0 and lacks_inputs):
             raise RuntimeError(
                 f"block {block_ctx.block_name}: {self._done} blocks are tuned already, "
-                "and AutoRound does not go on behind them (its warning above says "
+                "and AutoRound does not go on after them (its warning above says "
                 "why); use an empty AR_RESUME_DIR and an empty output folder"
             )
         self._resumable.start_block(index)
 
     def end_block(self, block_ctx: Any, routers: Iterable[str]) -> None:
-        """Keep what a resumed run must know of a block."""
+        """Keep what a resumed run must know about a block."""
         if self._resumable is None:
             return
         inside = tuple(f"{name}." for name in block_ctx.block_names)
@@ -350,13 +351,13 @@ class AlignmentRun:
         self.coverage.report(len(self.routers), self._export_dir())
 
     def start_export(self, folder: Path) -> None:
-        """`quantize_and_save` has taken its folders before it tuned."""
+        """Prepare an export's folder; `quantize_and_save` did so before it tuned."""
         check_exporter()
         if not self._owns_output:
             set_leftovers_aside(folder)
 
     def finish_exports(self, folders: list[Path]) -> None:
-        """Put right what AutoRound's export has changed."""
+        """Restore what AutoRound's export has changed."""
         if self.refitted:
             for folder in folders:
                 restore_refitted_routers(folder, self.model, self.refitted)

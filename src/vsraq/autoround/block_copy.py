@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A copy of a decoder block that can run, wherever AutoRound keeps the block.
 
-The model's own block is not touched, so it needs no putting back, and AutoRound loads
-and releases it when its turn comes.
+The model's own block is not touched: AutoRound loads and releases it when its turn
+comes.
 """
 
 import copy
@@ -27,15 +27,15 @@ def copy_block(
     Args:
         model: The model.
         name: The block's qualified name.
-        offloader: AutoRound's, which knows where tensors that are not loaded lie.
-        replaced: By `id`, submodules that the copy has something else for.
+        offloader: AutoRound's, which knows where tensors that are not loaded are.
+        replaced: What the copy has instead of some submodules, by their `id`.
 
     Returns:
         The copy, without gradients, and the names of those of its tensors that are
         neither in memory nor on disk.
     """
     block = model.get_submodule(name)
-    # What is in memo, deepcopy takes instead of a copy.
+    # deepcopy takes what is in memo instead of copying it.
     memo: dict[int, Any] = dict(replaced or {})
     for parameter in block.parameters():
         alias = nn.Parameter(parameter.detach(), requires_grad=False)
@@ -51,7 +51,7 @@ def copy_block(
 
 
 def split_experts(block: nn.Module) -> None:
-    """Give a block in memory its experts as layers of their own.
+    """Split the fused experts of a block in memory into layers.
 
     AutoRound replaces the MoE layers of some families (GPT-OSS, Llama 4, Qwen3.5) at
     the start and moves the weights from the fused experts into them when the block's
@@ -69,7 +69,7 @@ def split_experts(block: nn.Module) -> None:
 
 
 def _missing(module: nn.Module) -> list[str]:
-    """Tensors that AutoRound keeps on disk: on meta, or emptied."""
+    """List the tensors that AutoRound keeps on disk: on meta, or emptied."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return [name for name, t in tensors if t.is_meta or t.numel() == 0]
 
@@ -79,7 +79,7 @@ def _read(
 ) -> None:
     saved = offloader._saved.get(name)
     if saved is None:
-        if offloader.model_dir is not None:  # still as it lies in its checkpoint
+        if offloader.model_dir is not None:  # still as in its checkpoint
             load_block_from_model_files(offloader.model_dir, name, copied)
         return
     with safe_open(saved["save_path"], framework="pt") as file:

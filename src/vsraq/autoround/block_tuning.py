@@ -37,12 +37,12 @@ class Losses:
         self.parts[name] = self.parts.get(name, 0.0) + loss.detach()
 
     def means(self) -> dict[str, float]:
-        """Mean over the micro-batches."""
+        """Return the means over the micro-batches."""
         count = max(self.batches, 1)
         return {name: float(loss) / count for name, loss in self.parts.items()}
 
-    def selection_value(self) -> float:
-        """What AutoRound compares to find the best iteration, up to a constant."""
+    def iteration_value(self) -> float:
+        """Return the value whose minimum is the best iteration."""
         return float(self.total) / max(float(self.valid_tokens), 1.0)
 
 
@@ -60,7 +60,7 @@ class BlockTuning:
         name: Its name in the model.
         terms: Its router losses.
         current: Sums of the iteration that is running.
-        iteration: Which one that is.
+        iteration: Its index.
     """
 
     def __init__(
@@ -103,8 +103,8 @@ class BlockTuning:
             auto_ratio: Strength of automatic weights.
         """
         size = self._runner.batch_size
-        # A step, not one sample: experts that get no token look unreached. Without a
-        # selected token none is reached.
+        # A whole step, because in one sample many experts get no token; the one with
+        # the most selected tokens, because without any, no layer is reached.
         steps = self._tensors.batches(size * micro_batches)
         step = max(steps, key=lambda samples: self._per_sample.share(samples, samples))
         with torch.enable_grad(), eager():
@@ -127,7 +127,7 @@ class BlockTuning:
         step: list[int],
         reconstruction: Reconstruction,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """The share of a micro-batch in the step's reconstruction loss and terms."""
+        """Compute a micro-batch's share of a step's reconstruction loss and terms."""
         tensors = self._tensors
         output = self._runner.forward(
             block, tensors.inputs, tensors.others, torch.tensor(samples)
@@ -153,15 +153,15 @@ class BlockTuning:
         step: list[int],
         scale: int,
     ) -> Tensor:
-        """AutoRound's loss of a micro-batch plus the weighted router losses.
+        """Add the weighted router losses to AutoRound's loss of a micro-batch.
 
         Args:
             reconstruction: AutoRound's loss, a scalar.
             output: The block's output, (B, S, H).
             samples: Which B calibration samples.
             step: All samples of the step, over its micro-batches.
-            scale: What AutoRound's loss is a multiple of a mean by: 1, or the number
-                of elements where it is a sum.
+            scale: AutoRound's loss divided by the mean error: 1, or the number of
+                elements where the loss is a sum.
 
         Raises:
             RuntimeError: The loss is not finite.
@@ -175,15 +175,15 @@ class BlockTuning:
                 continue
             loss = weight * loss.to(device)
             self.current.add(term.label, loss)
-            # One that nothing moves differs by micro-batch only, and would choose the
-            # best iteration by that.
+            # A term that the tuning cannot change still differs between micro-batches;
+            # that must not decide which iteration is the best.
             if term.reaches_something:
                 total = total + term.weight * scale * share * loss  # type: ignore[operator]
         self.current.add("reconstruction", reconstruction / scale)
         total = with_common_value(total)
         self._check_finite(total)
         self.current.total += total.detach()
-        # Without a mask AutoRound divides by a constant, which selects the same best.
+        # Without a mask AutoRound divides by a constant: the same iteration is best.
         valid = self._tokens.valid(samples)
         if valid is not None:
             count = valid.to(device).sum()
@@ -199,9 +199,9 @@ class BlockTuning:
         *,
         over_processes: bool = False,
     ) -> list[tuple[float, Tensor | None]]:
-        """Of each term, what a micro-batch counts in its step, and its mean loss there.
+        """Compute a micro-batch's weight in its step and its mean loss, for each term.
 
-        None is the loss of a term that looks at none of the samples.
+        The loss is None where a term uses none of the samples.
         """
         counted = self._tokens.counted(samples)
         found: list[tuple[float, Tensor | None]] = []
@@ -219,10 +219,10 @@ class BlockTuning:
     def _valid_share(
         self, samples: list[int], device: torch.device | str = "cpu"
     ) -> Tensor | float:
-        """Share of the tokens that AutoRound does not mask.
+        """Return the share of the tokens that AutoRound does not mask.
 
-        AutoRound's average divides by masked elements too. The router terms follow, so
-        that the ratio of the losses stays.
+        AutoRound's average divides by masked elements too. The router terms are scaled
+        alike, so that the ratio of the losses stays the same.
         """
         valid = self._tokens.valid(samples)
         if valid is None:
@@ -240,10 +240,10 @@ class BlockTuning:
         )
 
     def finish_iteration(self) -> None:
-        """Take the sums of an iteration that is over; without sums, do nothing."""
+        """Close the running iteration; without sums, do nothing."""
         if self.current.batches == 0:
             return
-        means, value = self.current.means(), self.current.selection_value()
+        means, value = self.current.means(), self.current.iteration_value()
         if self._first is None:
             self._first = means
         if value < self._best_value or not self._keep_best:
@@ -255,7 +255,7 @@ class BlockTuning:
     # ── After the last iteration ─────────────────────────────────────────────
 
     def log(self) -> None:
-        """Say what the tuning did, and which terms could do nothing."""
+        """Log what the tuning did, and which terms had no effect."""
         if self._first is None:
             logger.warning(
                 "vsraq: %s: no layer was tuned, so no router was aligned", self.name
@@ -263,7 +263,7 @@ class BlockTuning:
             return
         logger.info("vsraq: %s", self._summary(self._first))
         for term in self.terms:
-            # an automatic weight is 0 there, and promised nothing
+            # an automatic weight is 0 there, so no warning is needed
             if term.weight != 0 and not term.reaches_something:
                 logger.warning(
                     "vsraq: %s: the %s loss reaches no quantized layer of this block, "

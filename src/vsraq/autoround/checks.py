@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is refused, or said, before the first block is tuned."""
+"""Checks of a run before the first block is tuned."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -51,7 +51,7 @@ def check_router(
 
 
 def check_selection(alignment: Alignment, routers: Sequence[Router]) -> None:
-    """Refuse options that ask for a selection that is unknown, or the logits' own.
+    """Refuse options that need a selection which is unknown or that of the logits.
 
     Raises:
         ValueError: A router's rule is unknown, or every router chooses the highest
@@ -103,10 +103,10 @@ def check_weighting(
 def check_smoothing(
     model: nn.Module, routers: Sequence[Router], composer: "AlgorithmComposer"
 ) -> None:
-    """Refuse AWQ mappings that change what a router reads, and not the router.
+    """Refuse AWQ mappings that change what a router reads, but not the router.
 
-    AWQ divides a norm's output by scales and multiplies the layers behind it with them.
-    AutoRound only counts linear layers among those, and routers are none.
+    AWQ divides a norm's output by scales and multiplies the layers after it by them.
+    AutoRound only looks for linear layers there, and a router module is not one.
 
     Raises:
         ValueError: A mapping would change the routing of the model.
@@ -131,8 +131,8 @@ def check_smoothing(
                     raise ValueError(
                         f"awq: it scales the output of {mapping.smooth_name} for "
                         f"{inside[layer]}, but not router {router}, which reads it "
-                        "too, so the model would route otherwise; allowed are mappings "
-                        "that leave out that norm: AWQConfig(mappings=[...])"
+                        "too, so the model would route differently; allowed are "
+                        "mappings that leave out that norm: AWQConfig(mappings=[...])"
                     )
 
 
@@ -164,7 +164,7 @@ def check_stream(model_context: Any) -> None:
 
 
 def _modules_around(name: str) -> list[str]:
-    """The names of the modules that a module is in."""
+    """List the names of the modules that a module is in."""
     parts = name.split(".")
     return [".".join(parts[:depth]) for depth in range(1, len(parts))]
 
@@ -204,8 +204,8 @@ def check_next_router(
     """Refuse runs whose next block cannot be run ahead of its turn.
 
     Raises:
-        NotImplementedError: It is not there, not rotated yet, its arguments are not
-            there yet, or it gets more than the hidden states of the block before it.
+        NotImplementedError: The next block is missing or not rotated yet, its arguments
+            are not cached yet, or it takes more than hidden states from the one before.
     """
     blocks = {name for group in get_block_names(model) for name in group}
     if composer is None and len(blocks) == 1:

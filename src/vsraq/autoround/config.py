@@ -51,9 +51,9 @@ class VSRAQConfig(SignRoundConfig):
             reconstruction gradient to the router gradient (sums of magnitudes over the
             tuned parameters that the router loss reaches, before the first step).
         next_router_weight: The same for the next MoE router.
-        next_router_objective: Its objective; None takes `objective` as it is. One of
-            the two that is for selected tokens ("sra") selects them for both routers
-            and the re-fit.
+        next_router_objective: Its objective; None takes `objective` as it is. If one
+            of the two is for selected tokens ("sra"), these are selected for both
+            routers and the re-fit.
         rank_by: What ranks the experts for the losses: their full-precision "logits",
             as in the papers (None), or "selection", the scores by which the router
             really chooses, with its correction bias and groups. The losses still
@@ -61,13 +61,13 @@ class VSRAQConfig(SignRoundConfig):
             same.
         router_pattern: A regular expression for the end of the name of each router's
             linear map, where `vsraq.find_routers` does not find the right ones.
-        token_selection: Align the routers on tokens only whose output changes when the
-            model is rounded to nearest (Selective Router Alignment): their losses and
-            their re-fit. None does so for objective="sra", which is "ra" with it. All
-            tokens take part in the reconstruction loss. A mapping turns it on and says
-            which tokens: {"tau": 1e-4} those whose Sampled-JSD is above it, in nats,
-            and "shift_threshold" those whose routing shift is above it as well (SRA's
-            aggressive variant).
+        token_selection: Align and re-fit the routers only on tokens whose output
+            changes when the model is rounded to nearest (Selective Router Alignment).
+            All tokens take part in the reconstruction loss. None is True for
+            objective="sra", which is "ra" with token selection, and False otherwise. A
+            mapping turns it on and says which tokens: {"tau": 1e-4} those whose
+            Sampled-JSD is above it, in nats; with "shift_threshold" only those whose
+            routing shift is above it as well (SRA's aggressive variant).
         token_mask: Which tokens; a `TokenMask`, or the path of one. None selects them
             at the start of the run, in two passes over the blocks.
         lookahead: How many of the following blocks may be run to reach the next
@@ -79,11 +79,11 @@ class VSRAQConfig(SignRoundConfig):
             "boundary" (see `vsraq.realignment.error_weights.error_weights`).
         min_tokens_per_expert: Experts that get fewer calibration tokens than this are
             named at the end of the run; None is 1.
-        on_unreached: "warn" of them (None), or end the run at the first block that
-            has some ("error").
+        on_unreached: "warn" about them (None), or end the run at the first block that
+            has such experts ("error").
         **kwargs: Arguments of `SignRoundConfig` (`iters`, `lr`, `nblocks`, ...).
 
-    None leaves an option at its default, which `vsraq.options` has.
+    None leaves an option at its default, which is in `vsraq.options`.
 
     Raises:
         ValueError: A value is not allowed, the objective has no such hyper-parameter,
@@ -109,7 +109,7 @@ class VSRAQConfig(SignRoundConfig):
         on_unreached: OnUnreached | None = None,
         **kwargs: Any,
     ) -> None:
-        own = {name: value for name, value in locals().items() if name in OPTIONS}
+        options = {name: value for name, value in locals().items() if name in OPTIONS}
         refuse_misplaced(kwargs)
         check_options(kwargs)
         if kwargs.get("iters") == 0:
@@ -119,9 +119,9 @@ class VSRAQConfig(SignRoundConfig):
                 '(alg_configs="rtn") if that is what you want'
             )
         super().__init__(**kwargs)
-        for name, value in own.items():
+        for name, value in options.items():
             setattr(self, name, value)
-        self.select_only = False  # `vsraq select-tokens` stops after the selection
+        self.select_only = False  # for `vsraq select-tokens`
         self.check_alignment()
 
     @property
@@ -159,6 +159,6 @@ class VSRAQConfig(SignRoundConfig):
             )
 
     def check_config(self) -> None:
-        """AutoRound's check of a configuration, plus `check_alignment`."""
+        """Run AutoRound's check of a configuration, and `check_alignment`."""
         self.check_alignment()
         super().check_config()

@@ -37,7 +37,7 @@ from vsraq.routers import Compared, Router, expert_containers, routers_inside
 
 
 class _NotLoaded(nn.Module):
-    """Stands where a block's experts were."""
+    """A placeholder for a block's experts."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class _NotLoaded(nn.Module):
         raise NotImplementedError(
             f"{self.name}: its block calls its experts before its router module, or "
             "uses the router's weight without calling that, so the router's input "
-            "cannot be had without them; allowed is next_router_weight=0"
+            "cannot be computed without them; allowed is next_router_weight=0"
         )
 
 
@@ -83,7 +83,7 @@ class NextRouter:
         samples: list[int],
         compared: Compared,
     ) -> Tensor:
-        """The router's logits or inputs, differentiable in `hidden_states`.
+        """Compute the router's logits or inputs, differentiable in `hidden_states`.
 
         Args:
             hidden_states: Output of the tuned block, (B, S, H).
@@ -134,10 +134,10 @@ def shares_a_batch(input_others: dict[str, Any], runner: BlockForwardRunner) -> 
 def find_next_router(
     following: Sequence[str], routers: Iterable[Router], lookahead: int
 ) -> tuple[tuple[str, ...], Router] | None:
-    """The blocks to run, and the first router in them.
+    """Find the first router after a block, and the blocks to run up to it.
 
     Args:
-        following: Names of the blocks behind the tuned one, in order.
+        following: Names of the blocks after the tuned one, in order.
         routers: The model's routers.
         lookahead: How many blocks may be run, the one with the router included.
 
@@ -160,19 +160,18 @@ def load_without_experts(
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> nn.Module:
-    """A block of the model, on its device, without its experts.
+    """Load a block of the model on its device, without its experts.
 
-    The block of the model itself is not touched. Tensors that are in memory are shared
-    with it, as far as they are on the device; those that are on disk are read from
-    there.
+    The block of the model itself is not touched. Tensors that are already on the device
+    are shared with it; those that are on disk are read.
 
     Args:
         model: The model.
         name: The block's qualified name.
         routers: The model's routers.
-        offloader: AutoRound's, which knows where tensors that are not loaded lie.
+        offloader: AutoRound's, which knows where tensors that are not loaded are.
         dtype: For weights that no device computes with as they are (FP8).
-        device: Where the block shall run, unless AutoRound's device map names another.
+        device: Where the block runs, unless AutoRound's device map names another.
 
     Raises:
         RuntimeError: Tensors are neither in memory nor on disk.
@@ -201,11 +200,11 @@ def load_next_router(
     runner: BlockForwardRunner,
     device: torch.device | str,
 ) -> NextRouter | None:
-    """The next router of a block, with the blocks on the way to it.
+    """Load the next router of a block, with the blocks on the way to it.
 
     Args:
         block: The name of the block that is tuned.
-        following: The blocks behind it, in order.
+        following: The blocks after it, in order.
         run: For the routers, the model and the look-ahead.
         runner: AutoRound's, for batches and precision.
         device: Where it runs, unless AutoRound's device map names another.
@@ -220,7 +219,7 @@ def load_next_router(
     found = find_next_router(following, run.routers, lookahead)
     if found is None:
         logger.info(
-            "vsraq: %s: no MoE router in the %d blocks behind it, so no next "
+            "vsraq: %s: no MoE router in the %d blocks after it, so no next "
             "router term",
             block,
             min(lookahead, len(following)),
@@ -250,7 +249,7 @@ def next_term(
     runner: BlockForwardRunner,
     cache_device: torch.device | str,
 ) -> RouterTerm:
-    """The term of the next router, with what it does in full precision.
+    """Build the term of the next router, with its full-precision targets.
 
     Args:
         block: The name of the block that is tuned.
@@ -265,21 +264,21 @@ def next_term(
     """
     router, objective = next_router.router, alignment.next_objective
 
-    def values(output: Tensor, samples: list[int]) -> Tensor:
+    def compared(output: Tensor, samples: list[int]) -> Tensor:
         return next_router.values(output, tensors.others, samples, objective.compares)
 
     targets = []
     with torch.no_grad():
         for samples in tensors.batches(runner.batch_size):
-            fp_values = values(tensors.reference(samples), samples)
+            fp_compared = compared(tensors.reference(samples), samples)
             ranking = None
             if objective.compares == "logits":
-                ranking = ranking_of(alignment.rank_by, router, fp_values)
-            target = objective.target(fp_values, top_k=router.top_k, ranking=ranking)
+                ranking = ranking_of(alignment.rank_by, router, fp_compared)
+            target = objective.target(fp_compared, top_k=router.top_k, ranking=ranking)
             targets.append(target.to(cache_device))
 
-    def q_values(output: Tensor, samples: list[int]) -> dict[str, Tensor]:
-        return {router.name: values(output, samples)}
+    def q_compared(output: Tensor, samples: list[int]) -> dict[str, Tensor]:
+        return {router.name: compared(output, samples)}
 
     fp_targets = split_samples(block, next_router.name, targets, tensors.tokens)
     return RouterTerm(
@@ -288,6 +287,6 @@ def next_term(
         alignment.next_router_weight,
         (router.description,),
         {router.name: fp_targets},
-        q_values,
+        q_compared,
         every_second=not shares_a_batch(tensors.others, runner),
     )

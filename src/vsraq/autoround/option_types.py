@@ -21,7 +21,7 @@ _MOST = 2**31 - 1
 
 
 def _known_data_type(name: str) -> str:
-    """A data type itself, or with the bits behind it, such as mx_fp4."""
+    """Accept a data type, with or without bits after it, such as mx_fp4."""
     bases = {*SUPPORTED_DTYPES, "float", "bf16", "fp16"}
     if (
         name in QUANT_FUNC_WITH_DTYPE
@@ -120,7 +120,7 @@ class SignRoundOptions(SchemeOptions):
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Check options of AutoRound that a user has named; others are not looked at.
+    """Check options of AutoRound that a user has named; others are not checked.
 
     Args:
         options: Values by the keywords of `SignRoundConfig`.
@@ -134,7 +134,7 @@ def check_options(options: Mapping[str, Any]) -> None:
         if known.get("momentum", 0) != 0:
             raise ValueError(
                 f"momentum={known['momentum']!r}: it has no effect with "
-                "enable_adam=True, Adam has its own; leave one of them out"
+                "enable_adam=True, because Adam has its own; leave one of them out"
             )
     elif known.get("optimizer") is not None:
         raise ValueError(
@@ -144,7 +144,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 def check_config_options(config: object) -> None:
-    """Check them as they stand on a configuration: AutoRound sets some later.
+    """Check the options of a configuration again: AutoRound sets some later.
 
     Raises:
         ValueError: A value is not allowed, or has no effect.

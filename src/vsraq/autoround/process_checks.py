@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refuse several processes that would not tune one model together.
+"""Checks that several processes can tune one model together.
 
-All processes have to make a check together, and all of them raise; only
-`check_exporter` is for one alone.
+All processes have to call a check together, and all of them raise; only
+`check_exporter` is for one process alone.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("autoround.vsraq")
 
-_SAMPLED = 1024  # values of a tensor that tell it from others
-_SHOWN = 60  # characters of a setting
+_SAMPLED = 1024  # values of a tensor that its digest reads
+_SHOWN = 60  # characters of a setting in a message
 _ONLY_THE_FIRST_EXPORTS = (
     "this process would export too, and transformers writes weights in the first one "
     "only; what they tune is the same; allowed is quantize() in all of them, and an "
@@ -54,12 +54,12 @@ def check_processes(
         NotImplementedError: An algorithm before this one finds its parameters on the
             samples of each process alone, a layer outside of the blocks is tuned, or
             `AR_RESUME_DIR` is set.
-        ValueError: Their settings, models or numbers of tokens differ, their samples
-            do not, or another than the first exports.
+        ValueError: Their settings, models or numbers of tokens differ, they have
+            the same samples, or a process other than the first exports.
     """
     if process_count() == 1:
         return
-    # own samples have a mask of their own
+    # each process has its own samples, and so its own mask
     _check_settings({n: v for n, v in settings.items() if n != "token_mask"})
     before = [type(p).__name__ for p in composer.preprocessors] if composer else []
     if any(gather(before)):
@@ -78,8 +78,8 @@ def check_processes(
         )
 
 
-def _check_settings(own: Mapping[str, str]) -> None:
-    everywhere = gather(dict(own))
+def _check_settings(settings: Mapping[str, str]) -> None:
+    everywhere = gather(dict(settings))
     for name in dict.fromkeys(chain.from_iterable(everywhere)):
         values = [str(other.get(name)) for other in everywhere]
         if len(set(values)) > 1:
@@ -104,18 +104,19 @@ def _check_samples(samples: Sequence[Tensor]) -> None:
             f"seqlen: the processes have {tokens} calibration tokens, by rank; allowed "
             "are as many in each, because each has an equal share in every step"
         )
-    seen = [frozenset(own) for own in gather([_digest([sample]) for sample in samples])]
+    everywhere = gather([_digest([sample]) for sample in samples])
+    seen = [frozenset(hashes) for hashes in everywhere]
     shared = sum(map(len, seen)) - len(frozenset().union(*seen))
     if len(set(seen)) < len(seen):
         raise ValueError(
             "dataset: several processes have the same calibration samples, which "
-            "would count several times; allowed are own ones for each, such as "
+            "would count several times; allowed are different ones in each, such as "
             "samples[rank::world_size]"
         )
     if shared:
         logger.warning(
-            "vsraq: %d calibration samples are those of another process too, and count "
-            "once more",
+            "vsraq: %d calibration samples are also in another process, and count "
+            "again",
             shared,
         )
 
@@ -126,19 +127,19 @@ def _check_exports(folder: str | None) -> None:
             f"AR_RESUME_DIR with world_size={process_count()}: only the first process "
             "exports, so the others could not be resumed; unset it"
         )
-    ranks = [rank for rank, own in enumerate(gather(folder)) if own and rank > 0]
+    ranks = [rank for rank, path in enumerate(gather(folder)) if path and rank > 0]
     if ranks:
         raise ValueError(f"rank={ranks[0]}: {_ONLY_THE_FIRST_EXPORTS}")
 
 
 def check_exporter() -> None:
-    """Refuse an export by another process than the first.
+    """Refuse an export by a process other than the first.
 
-    `save_pretrained` of transformers 5 writes weights in that one only, so the folder
+    `save_pretrained` of transformers 5 writes weights in the first only, so the folder
     would be left without them.
 
     Raises:
-        ValueError: This is another process.
+        ValueError: This is not the first process.
     """
     if not is_first_process():
         raise ValueError(f"rank={dist.get_rank()}: {_ONLY_THE_FIRST_EXPORTS}")
@@ -147,7 +148,7 @@ def check_exporter() -> None:
 def check_equal_weights(name: str, block: nn.Module) -> None:
     """Refuse to go on with a tuned block whose weights differ in the processes.
 
-    Nothing that is known makes them differ. Other versions or devices might.
+    No known cause makes them differ; other versions or devices might.
 
     Args:
         name: The block's name in the model.
@@ -163,21 +164,23 @@ def check_equal_weights(name: str, block: nn.Module) -> None:
         for tensor_name, tensor in _tensors_of(block)
         if not tensor.is_meta
     }
-    own = {n: hashlib.sha256(tensor_bytes(t)).digest()[:8] for n, t in tensors.items()}
-    everywhere = gather(own)
+    hashes = {
+        n: hashlib.sha256(tensor_bytes(t)).digest()[:8] for n, t in tensors.items()
+    }
+    everywhere = gather(hashes)
     names = dict.fromkeys(chain.from_iterable(everywhere))
     other = [n for n in names if len({one.get(n) for one in everywhere}) > 1]
     if other:
         raise RuntimeError(
             f"block {name}: the processes have tuned {len(other)} of {len(names)} "
-            f"tensors to other values ({', '.join(other[:3])}, ...); allowed are equal "
-            "ones; use the same versions and kind of device in all of them, or one "
-            "process"
+            f"tensors to different values ({', '.join(other[:3])}, ...); allowed are "
+            "equal ones; use the same versions and kind of device in all of them, or "
+            "one process"
         )
 
 
 def model_settings(model: nn.Module, seqlen: int | None) -> dict[str, str]:
-    """What else has to be the same in all processes, as text."""
+    """Collect what else has to be the same in all processes, as text."""
     schemes = sorted(
         f"{name} {[getattr(m, key, None) for key in _SCHEME]}"
         for name, m in model.named_modules()
@@ -199,7 +202,7 @@ _SCHEME = ("bits", "group_size", "sym", "data_type", "act_bits", "act_data_type"
 
 
 def _digest(values: Iterable[Any]) -> str:
-    """Of texts, and of some values of each tensor."""
+    """Hash texts, and some values of each tensor."""
     digest = hashlib.sha256()
     for value in values:
         if not isinstance(value, Tensor):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where AutoRound calls us: its tuning algorithm with router terms in its block loss.
+"""AutoRound's tuning algorithm with router terms in its block loss.
 
 Seams of AutoRound 0.16 used here, each pinned by a contract test: `bind`,
 `bind_block_forward_runner`, `prepare_run`, `register_fp_input_forward_hooks`,
-`quantize_block`, `_get_loss`, `_get_non_zero_cnt`, `_step`, `finalize_run`. Where it
-has none, a method of one object of the run is wrapped: its block runner's forward pass,
+`quantize_block`, `_get_loss`, `_get_non_zero_cnt`, `_step`, `finalize_run`. Where
+AutoRound has none, a method of one of the run's objects is wrapped: block forward,
 calibration (`cache_data`), `wrapper_block` while a block is tuned, and what saves the
 export. No class or module of AutoRound is changed.
 """
@@ -40,7 +40,7 @@ from vsraq.tokens.counted import CountedTokens
 if TYPE_CHECKING:
     from auto_round.algorithms.composer import AlgorithmComposer
 
-# A child of AutoRound's logger: its handler and level, no configuration of our own.
+# A child of AutoRound's logger, so it has that one's handler and level.
 logger = logging.getLogger("autoround.vsraq")
 
 
@@ -154,8 +154,8 @@ class VSRAQQuantizer(SeveralProcesses):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Tune one block; a block without a router is plain AutoRound."""
-        own = fp_inputs, input_others, fp_outputs, q_inputs, block_ctx
-        tune = partial(super().quantize_block, block, *own, *args, **kwargs)
+        given = fp_inputs, input_others, fp_outputs, q_inputs, block_ctx
+        tune = partial(super().quantize_block, block, *given, *args, **kwargs)
         run, on_q_inputs = self.run, self.enable_quanted_input
         run.start_block(block_ctx, lacks_inputs=q_inputs is None and on_q_inputs)
         if not run.alignment:
@@ -186,7 +186,7 @@ class VSRAQQuantizer(SeveralProcesses):
         return best_params
 
     def _find_valid_tokens(self, input_ids: list[Tensor] | None) -> None:
-        """What AutoRound does once the first block is tuned; here before that."""
+        """Compute AutoRound's token mask now, before the first block is tuned."""
         if input_ids is not None and not hasattr(self, "_cached_valid_token_mask"):
             self._cached_valid_token_mask = self._compute_valid_token_mask(input_ids)
 
@@ -196,8 +196,8 @@ class VSRAQQuantizer(SeveralProcesses):
         block: AlignedBlock,
         fp_routers: FpRouters,
     ) -> dict[str, Any]:
-        """AutoRound's loop with the terms of a block."""
-        # an automatic device map keeps the block's output off a card that is full
+        """Run AutoRound's loop with the terms of a block."""
+        # an automatic device map keeps the block's output off a device that is full
         device = getattr(self, "_loss_device", None) or self.block_forward.device
         with ExitStack() as stack:
             both = block.own_term(fp_routers, stack), block.next_term(device)
@@ -239,7 +239,7 @@ class VSRAQQuantizer(SeveralProcesses):
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """AutoRound's loss of a micro-batch plus the weighted router losses."""
+        """Add the weighted router losses to AutoRound's loss of a micro-batch."""
         reconstruction = super()._get_loss(
             pred_output, ref_output, indices, loss_func, *args, **kwargs
         )
@@ -247,25 +247,25 @@ class VSRAQQuantizer(SeveralProcesses):
             return with_common_value(reconstruction)
         samples = [int(i) for i in indices]
         # With gradient accumulation AutoRound sums the error over all elements instead
-        # of averaging it. The router terms follow, so that their ratio stays.
+        # of averaging it. The router terms are scaled alike, so their ratio stays.
         scale = pred_output.numel() if self._reconstruction_is_sum(loss_func) else 1
         return self.tuning.total_loss(
             reconstruction, pred_output, samples, self._step_of(samples), scale
         )
 
     def _get_non_zero_cnt(self, tensor: list[Tensor], indices: list[int]) -> float:
-        """AutoRound's count of a step's valid tokens, which tells us its samples."""
+        """Return AutoRound's count of a step's valid tokens, and keep its samples."""
         self._step_samples = [int(i) for i in indices]
         return super()._get_non_zero_cnt(tensor, indices)
 
     def _step_of(self, samples: list[int]) -> list[int]:
-        """All samples of the step that a micro-batch is in.
+        """Return all samples of the step that a micro-batch is in.
 
-        Without a mask (single blocks, of llm-compressor) AutoRound does not say them.
-        Every token counts there, and every micro-batch is as good as a step.
+        Without a mask (single blocks, from llm-compressor) AutoRound does not say which
+        these are. Every token counts there, so a micro-batch can stand for its step.
 
         Raises:
-            RuntimeError: AutoRound did not say them, and tokens are selected.
+            RuntimeError: AutoRound did not say which, and only some tokens count.
         """
         if self.gradient_accumulate_steps == 1:
             return samples
@@ -280,7 +280,7 @@ class VSRAQQuantizer(SeveralProcesses):
         )
 
     def _reconstruction_is_sum(self, loss_func: Callable[..., Tensor]) -> bool:
-        # AutoRound's outlier-suppressed loss (alg_ext) averages whatever loss_func is.
+        # AutoRound's outlier-suppressed loss (alg_ext) averages, whatever loss_func is.
         if getattr(self, "_use_outlier_suppressed_loss", False):
             return False
         return getattr(loss_func, "reduction", "mean") == "sum"

@@ -72,8 +72,8 @@ def refit_in_block(
             hidden_states = router_input(router.module, forward)
             logits = [fp_logits[i] for i in batch]
             flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-            own = flat.split([len(z) for z in logits])
-            for i, x, z in zip(batch, own, logits, strict=True):
+            inputs = flat.split([len(z) for z in logits])
+            for i, x, z in zip(batch, inputs, logits, strict=True):
                 yield x, z, tokens.counted([i])
 
     with torch.no_grad(), eager():

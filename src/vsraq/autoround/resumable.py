@@ -19,7 +19,7 @@ from vsraq.resume.output_folder import check_writable, refuse_leftovers
 
 
 def export_folders(orchestrator: Any) -> list[Path]:
-    """Where `quantize_and_save` will export to; nothing for `quantize` alone."""
+    """List the folders of `quantize_and_save`'s exports; none for `quantize` alone."""
     formats = getattr(orchestrator, "formats", None)
     if not isinstance(formats, list) or orchestrator.output_dir is None:
         return []
@@ -94,7 +94,7 @@ def _check_resumable(
 
 
 def _settings_of(orchestrator: Any, output: Path, blocks: list[str]) -> dict[str, str]:
-    """What decides the tuned weights and their files besides the algorithm."""
+    """Collect what decides the tuned weights and files besides the algorithm."""
     source = _source(orchestrator)
     return {
         "model": source or type(orchestrator.model).__name__,
@@ -118,7 +118,7 @@ def _source(orchestrator: Any) -> str | None:
 
 
 def _stamp(source: str | None) -> str:
-    """Sizes and times of a model's files; empty for one that is no folder."""
+    """List sizes and times of a model's files; empty if it is not a folder."""
     if source is None or not Path(source).is_dir():
         return ""
     digest = hashlib.sha256()
@@ -132,7 +132,7 @@ def _stamp(source: str | None) -> str:
 
 
 def _digest(inputs: Any) -> str:
-    """Of the first block's inputs: they tell the text, its length and its tokens."""
+    """Hash the first block's inputs: they show the text, its length and its tokens."""
     digest = hashlib.sha256()
 
     def add(value: Any) -> None:

@@ -36,7 +36,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from vsraq.autoround.activation_ranges import needs_activation_ranges
 from vsraq.autoround.block_copy import copy_block, split_experts
-from vsraq.autoround.rounded_layer import copy_of, own_weight, rounded_layer
+from vsraq.autoround.rounded_layer import copy_layer, copy_weight, rounded_layer
 from vsraq.capture import RouterCapture
 from vsraq.routers import BoundRouter, Router, declared_router_classes, find_routers
 from vsraq.tokens import Sampling
@@ -46,7 +46,7 @@ from vsraq.tokens.shift import MeanRoutingShift
 
 @dataclass(frozen=True)
 class Streams:
-    """The hidden states behind the last block, on both paths.
+    """The hidden states after the last block, on both paths.
 
     Attributes:
         fp_states: In full precision, what AutoRound hands from block to block.
@@ -85,7 +85,7 @@ class RoundedPass:
 
     @classmethod
     def of(cls, orchestrator: Any, composer: AlgorithmComposer) -> "RoundedPass":
-        """The passes of a run.
+        """Return the passes of a run.
 
         Raises:
             NotImplementedError: The model has several stacks of blocks.
@@ -99,7 +99,7 @@ class RoundedPass:
                 "decoder of a language model, so name it with to_quant_block_names"
             )
         first = groups[0][0]
-        # the whole stack: blocks behind the quantized ones shape the output too
+        # the whole stack: blocks after the quantized ones change the output too
         stack = next((g for g in get_block_names(model) if first in g), groups[0])
         return cls(
             orchestrator,
@@ -115,7 +115,7 @@ class RoundedPass:
         """Run all blocks on both paths.
 
         Args:
-            num_samples: Of which the token ids are known.
+            num_samples: Samples whose token ids are known.
             with_routing: Whether the routing of the two paths is compared.
 
         Raises:
@@ -143,7 +143,7 @@ class RoundedPass:
             q_states, q_chosen = self.forward(block, q_states, others, routers)
             if shift is not None:
                 shift.update(q_chosen, fp_chosen)
-            # its tensors go now; a cycle may keep the module itself for a while
+            # free its tensors now; a reference cycle may keep the module itself
             block.to("meta")
         return Streams(fp_states, q_states, shift, returns_tuple)
 
@@ -154,7 +154,7 @@ class RoundedPass:
         return getattr(config, "_name_or_path", "") or type(self.model).__name__
 
     def sampling(self) -> Sampling:
-        """The model's own; AutoRound does not load it when it streams a model."""
+        """Return the model's own; AutoRound does not load it when it streams."""
         context = self.composer.block_quantizer.model_context
         folder = context.disk_stream_model_dir
         if folder is not None and Path(folder, GENERATION_CONFIG_NAME).is_file():
@@ -162,7 +162,7 @@ class RoundedPass:
         return Sampling.of(self.model)
 
     def inputs(self, name: str) -> tuple[Any, dict[str, Any]]:
-        """Hidden states and other arguments of a block, the cached ones left alone."""
+        """Return hidden states and arguments of a block; cached ones do not change."""
         cached = {
             # AutoRound's function takes the mapping and its lists apart
             key: list(value) if isinstance(value, list) else value
@@ -177,7 +177,7 @@ class RoundedPass:
         )
 
     def load(self, name: str, states: Any, others: dict[str, Any]) -> nn.Module:
-        """A copy of a block in full precision, on its device."""
+        """Load a copy of a block in full precision, on its device."""
         split_experts(self.model.get_submodule(name))
         offloader = self.orchestrator._offloader
         block, missing = copy_block(self.model, name, offloader)
@@ -192,7 +192,7 @@ class RoundedPass:
         return self.composer.dispatch_block(block, states, others).eval()
 
     def routers_of(self, block: nn.Module) -> tuple[Router, ...]:
-        """The routers of a block."""
+        """Find the routers of a block."""
         return find_routers(
             block,
             router_classes=self.router_classes,
@@ -206,7 +206,7 @@ class RoundedPass:
         others: dict[str, Any],
         routers: Sequence[Router],
     ) -> tuple[Any, dict[str, Tensor]]:
-        """Run all samples: the next block's inputs, and experts by router, (T, K)."""
+        """Run all samples; return the next inputs, and experts by router, (T, K)."""
 
         def choose(router: BoundRouter, logits: Tensor) -> Tensor:
             return router.select(logits).to(self.runner.cache_device, torch.int16)
@@ -221,7 +221,7 @@ class RoundedPass:
             # blocks that hand on more than their hidden states
             output = self.runner.last_output_dict or output
             if capture is not None:
-                chosen = {n: torch.cat(kept) for n, kept in capture.take().items()}
+                chosen = {n: torch.cat(calls) for n, calls in capture.take().items()}
         return output, chosen
 
     @contextmanager
@@ -248,12 +248,12 @@ class RoundedPass:
         for layer_name, layer in list(block.named_modules()):
             if isinstance(layer, SUPPORTED_LAYER_TYPES) and check_to_quantized(layer):
                 if layer.weight.data_ptr() in shared:
-                    layer.weight = own_weight(layer.weight)
+                    layer.weight = copy_weight(layer.weight)
                 set_module(block, layer_name, rounded_layer(layer, self.runner.device))
 
     @contextmanager
     def rounded_head(self, head: OutputHead) -> Iterator[OutputHead]:
-        """The output head with those of its layers rounded that the run quantizes."""
+        """Give the output head, its layers rounded where the run quantizes them."""
         inside = {
             id(m)
             for name in self.blocks
@@ -266,15 +266,15 @@ class RoundedPass:
                 and isinstance(layer, SUPPORTED_LAYER_TYPES)
                 and check_to_quantized(layer)
             ):
-                own = copy_of(layer)
-                rounded[name] = (layer, rounded_layer(own, self.runner.device))
+                copied = copy_layer(layer)
+                rounded[name] = (layer, rounded_layer(copied, self.runner.device))
         if not rounded:
             yield head
             return
         if needs_activation_ranges(self.composer.scheme):
             raise NotImplementedError(
                 f"{', '.join(rounded)}: quantized outside of the blocks, with an "
-                "activation scale that only all tokens together give; allowed with "
+                "activation scale that depends on all tokens; allowed with "
                 "token selection is quant_lm_head=False"
             )
 
@@ -292,7 +292,7 @@ class RoundedPass:
 
 @contextmanager
 def _output_kind(block: nn.Module) -> Iterator[list[type]]:
-    """What a block returns: its hidden states, or a tuple that starts with them."""
+    """Record whether a block returns its hidden states or a tuple with them."""
     kinds: list[type] = []
 
     def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:

@@ -20,7 +20,7 @@ def selected_experts(
     tensors: BlockTensors,
     runner: BlockForwardRunner,
 ) -> dict[str, Tensor]:
-    """Run a block on its inputs up to its router, and keep what that chooses.
+    """Run a block on its inputs up to its router, and keep the router's selection.
 
     With one router no expert is computed. Several blocks at once are run as a whole.
 
@@ -52,4 +52,4 @@ def selected_experts(
                 forward(samples)
             else:
                 router_input(only, partial(forward, samples))
-        return {name: torch.cat(kept) for name, kept in capture.take().items()}
+        return {name: torch.cat(calls) for name, calls in capture.take().items()}

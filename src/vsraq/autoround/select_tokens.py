@@ -7,7 +7,7 @@ from typing import Any
 from auto_round import AutoRound
 
 from vsraq.autoround.config import VSRAQConfig
-from vsraq.autoround.token_selection import Selection, SelectionDoneError
+from vsraq.autoround.token_selection import SelectionDoneError, TokenSelection
 from vsraq.tokens import TokenMask
 
 
@@ -33,7 +33,7 @@ def select_tokens(
             stay; AutoRound prepares a model in memory for quantization.
         dataset: What AutoRound calibrates on.
         scheme: What it would quantize to.
-        tau: Tokens count whose Sampled-JSD is above it, nats.
+        tau: Tokens are selected whose Sampled-JSD is above it, nats.
         shift_threshold: And whose routing shift is above it, a fraction; None does not
             look at the routing.
         **kwargs: Other arguments of `AutoRound` (`tokenizer`, `nsamples`, `seqlen`,
@@ -55,14 +55,14 @@ def select_tokens(
     return selection_of(run.quantize).mask
 
 
-def selection_of(quantize: Callable[[], object]) -> Selection:
-    """What a run selects whose configuration has `select_only`.
+def selection_of(quantize: Callable[[], object]) -> TokenSelection:
+    """Start a run that has `select_only` set, and return what it selects.
 
     Args:
         quantize: Starts the run.
 
     Raises:
-        RuntimeError: The run came to its end.
+        RuntimeError: The run ended without selecting tokens.
     """
     try:
         quantize()

@@ -4,7 +4,7 @@
 Under torch.distributed AutoRound 0.16 averages the gradients of the processes, each of
 which has samples of its own. Everything else each process decides for itself: which
 iteration was the best, which tokens are masked, what the largest activation is; and
-every one of them exports. So plain AutoRound ends with other weights in every process.
+each of them exports. So plain AutoRound ends with different weights in every process.
 """
 
 import logging
@@ -34,7 +34,7 @@ logger = logging.getLogger("autoround.vsraq")
 
 
 class _FirstProcessOnly(logging.Filter):
-    """Says once what every process would say; each warns of its own samples."""
+    """A filter of messages from all but the first process, except warnings."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return record.levelno >= logging.WARNING or is_first_process()
@@ -44,7 +44,7 @@ _FIRST_PROCESS_ONLY = _FirstProcessOnly()
 
 
 class SeveralProcesses(SignRoundQuantizer):
-    """What a process of several decides, decided alike in all of them.
+    """SignRound with the same decisions in all processes.
 
     With one process it is `SignRoundQuantizer`.
     """
@@ -62,20 +62,20 @@ class SeveralProcesses(SignRoundQuantizer):
         logger.removeFilter(_FIRST_PROCESS_ONLY)
 
     def register_fp_input_forward_hooks(self, block: nn.Module) -> list[Any]:
-        """AutoRound's; activation ranges are shared behind the forward."""
+        """Register AutoRound's hooks, and share activation ranges after the forward."""
         handles: list[Any] = super().register_fp_input_forward_hooks(block)
         return handles + self._shared_ranges(block)
 
     def register_qinput_forward_hooks(self, block: nn.Module) -> list[Any]:
-        """AutoRound's; activation ranges are shared behind the forward."""
+        """Register AutoRound's hooks, and share activation ranges after the forward."""
         handles: list[Any] = super().register_qinput_forward_hooks(block)
         return handles + self._shared_ranges(block)
 
     def _shared_ranges(self, block: nn.Module) -> list[Any]:
-        """Handles that share the ranges when AutoRound removes them.
+        """Return handles that share the ranges when AutoRound removes them.
 
-        Before the block is tuned would be too late: behind the forward AutoRound gives
-        experts that got no token here the largest range of all experts.
+        Just before the tuning would be too late: after the forward pass AutoRound gives
+        experts that got no token in this process the largest range of all experts.
         """
         if process_count() == 1 or not needs_activation_ranges(self.scheme):
             return []
@@ -92,7 +92,7 @@ class SeveralProcesses(SignRoundQuantizer):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Tune one block with what all processes know of its activations.
+        """Tune one block with the activation ranges of all processes.
 
         Raises:
             RuntimeError: The processes end with different weights.
@@ -123,7 +123,7 @@ class SeveralProcesses(SignRoundQuantizer):
         return best_params
 
     def _compute_valid_token_mask(self, input_ids: list[Tensor]) -> list[Tensor] | None:
-        """AutoRound's mask; one of ones where only other processes have padding.
+        """Return AutoRound's mask; all ones if only other processes have padding.
 
         Masked and unmasked losses differ in scale.
         """
@@ -133,35 +133,35 @@ class SeveralProcesses(SignRoundQuantizer):
         return masks
 
     def _get_non_zero_cnt(self, tensor: list[Tensor], indices: list[int]) -> float:
-        """AutoRound's count of a step's valid tokens, which divides its loss."""
-        own: int = super()._get_non_zero_cnt(tensor, indices)
+        """Average a step's count of valid tokens, which divides AutoRound's loss."""
+        count: int = super()._get_non_zero_cnt(tensor, indices)
         if process_count() == 1:
-            return own
-        return mean_over_processes(torch.tensor(own, dtype=torch.float64)).item()
+            return count
+        return mean_over_processes(torch.tensor(count, dtype=torch.float64)).item()
 
     def _step(self, scaler: Any, optimizer: Any, lr_schedule: Any) -> None:
-        """AutoRound's; then the ranges of all layers are kept within their bounds.
+        """Take AutoRound's step, then clamp the ranges of all layers to their bounds.
 
-        AutoRound does that in a layer's forward, so not for experts that get no token
-        in this process, while the other processes do.
+        AutoRound clamps in a layer's forward pass, so it would skip experts that get
+        no token in this process but do in others.
         """
         super()._step(scaler, optimizer, lr_schedule)
         if self._tuned_block is None:
             return
         for module in self._tuned_block.modules():
             if isinstance(module, WrapperLinear):
-                own: dict[str, Tensor] = vars(module)["params"]
+                parameters: dict[str, Tensor] = vars(module)["params"]
                 weight, activation = module.minmax_scale_bound, (0.0, 1.0)
-                for name in own.keys() & {"min_scale", "max_scale"}:
-                    own[name].data.clamp_(*weight)
-                for name in own.keys() & {"act_min_scale", "act_max_scale"}:
-                    own[name].data.clamp_(*activation)
+                for name in parameters.keys() & {"min_scale", "max_scale"}:
+                    parameters[name].data.clamp_(*weight)
+                for name in parameters.keys() & {"act_min_scale", "act_max_scale"}:
+                    parameters[name].data.clamp_(*activation)
 
     def _scale_loss_and_backward(self, scaler: Any, loss: Tensor) -> Any:
-        """AutoRound's; with several devices, no gradient is left out.
+        """Run AutoRound's backward pass; with several devices, add missing gradients.
 
-        There AutoRound averages the gradients that are there one by one. Experts
-        without a token have none, and others are without tokens in other processes.
+        There AutoRound averages the existing gradients one by one. Experts without a
+        token have none, and these are not the same experts in every process.
         """
         scaled = super()._scale_loss_and_backward(scaler, loss)
         if self._tuned_block is not None and len(device_manager.device_list) > 1:
@@ -174,7 +174,7 @@ class SeveralProcesses(SignRoundQuantizer):
 
 
 class _AfterForward:
-    """What AutoRound takes for a hook's handle: it is removed behind the forward."""
+    """A handle like a hook's; AutoRound removes it after the forward pass."""
 
     def __init__(self, action: Callable[[], None]) -> None:
         self.remove = action
@@ -183,7 +183,7 @@ class _AfterForward:
 def share_activation_maxima(block: nn.Module) -> None:
     """Give every layer the largest activation that any process has seen.
 
-    AutoRound makes the scales of static activations (NVFP4, INT8) of it.
+    AutoRound makes the scales of static activations (NVFP4, INT8) from it.
 
     Args:
         block: The block, its layers not wrapped yet. A layer that got no token in this
@@ -193,13 +193,13 @@ def share_activation_maxima(block: nn.Module) -> None:
         NotImplementedError: A layer has a scale per token.
     """
     layers = dict(block.named_modules())
-    own = {
+    maxima = {
         name: found.cpu()
         for name, module in layers.items()
         if isinstance(found := getattr(module, "act_max", None), Tensor)
         and found.numel() > 0
     }
-    everywhere = gather(own)
+    everywhere = gather(maxima)
     for name in sorted(set().union(*everywhere)):
         values = [other[name] for other in everywhere if name in other]
         if any(value.numel() != 1 for value in values):
@@ -235,5 +235,5 @@ def share_importance(block: nn.Module) -> None:
     for name, width in sorted(widths.items()):
         module = layers[name]
         device = next(module.parameters()).device
-        own = getattr(module, "imatrix", torch.zeros(width, device=device))
-        module.imatrix = sum_over_processes(own)
+        sums = getattr(module, "imatrix", torch.zeros(width, device=device))
+        module.imatrix = sum_over_processes(sums)

@@ -17,20 +17,20 @@ from vsraq.tokens.shift import output_shift
 
 
 class SelectionDoneError(Exception):
-    """Ends a run that was to select tokens only.
+    """Signal that ends a run which only selects tokens.
 
     Attributes:
         selection: What it selected.
     """
 
-    def __init__(self, selection: "Selection") -> None:
+    def __init__(self, selection: "TokenSelection") -> None:
         super().__init__(str(selection))
         self.selection = selection
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Selected tokens, and what it took.
+class TokenSelection:
+    """Selected tokens, and the time that it took.
 
     Attributes:
         mask: The mask.
@@ -59,11 +59,11 @@ def select_tokens_of_run(
     shift_threshold: float | None = None,
     sampling: Sampling | None = None,
     chunk_tokens: int = 1024,
-) -> Selection:
+) -> TokenSelection:
     """Compute the token mask of a run that AutoRound has prepared.
 
-    To be called from a quantizer's `prepare_run`: block inputs are cached then, and no
-    block is tuned. Neither they, the model nor a random state is changed.
+    Call it from a quantizer's `prepare_run`: block inputs are cached then, and no block
+    is tuned. It changes neither these inputs, nor the model, nor a random state.
 
     The rounded model is the one that AutoRound's `rtn` without search makes: weights
     rounded to nearest in each layer's own scheme, and activations where that quantizes
@@ -79,7 +79,7 @@ def select_tokens_of_run(
     Args:
         orchestrator: AutoRound's, with its block inputs collected.
         composer: AutoRound's, which `prepare_run` is called with.
-        token_ids: What the samples are, from `TokenRecorder`; (1, S) each.
+        token_ids: Those of the samples, from `TokenRecorder`; (1, S) each.
         tau: Select tokens whose Sampled-JSD is above it, nats (SRA Eq. 7).
         shift_threshold: And whose routing shift, mean over the MoE layers, is above it,
             a fraction (SRA Table 4); None does not look at the routing.
@@ -119,13 +119,13 @@ def select_tokens_of_run(
         shift_threshold=shift_threshold,
         sampling=sampling,
     )
-    return Selection(mask, time.perf_counter() - started)
+    return TokenSelection(mask, time.perf_counter() - started)
 
 
 def _output_changes(
     rounded: RoundedPass, streams: Streams, sampling: Sampling, chunk_tokens: int
 ) -> list[Tensor]:
-    """The Sampled-JSD of each token, (S,) for each sample, nats."""
+    """Compute the Sampled-JSD of each token, (S,) for each sample, nats."""
     runner = rounded.runner
     with (
         output_head(

@@ -85,10 +85,12 @@ def check_layers(
         if name in quantized:
             continue
         # AutoRound declares layers by the module's name, whatever they are stored as
-        own, layer = linears.get(name, (own_name(name), None))
+        module_name, layer = linears.get(name, (own_name(name), None))
         if f"{name}.weight" not in export:
             faults[name] = f"{name}: neither a quantized nor a plain weight is there"
-        elif getattr(layer, "bits", 0) >= 16 or export.schemes(name, own) is None:
+        elif (
+            getattr(layer, "bits", 0) >= 16 or export.schemes(name, module_name) is None
+        ):
             exempt.add(name)
         else:
             faults[name] = f"{name}: expected quantized, but stored in full precision"
@@ -139,8 +141,8 @@ def router_tensors(
     names: dict[str, str] = {}
     for router in routers:
         for suffix in module.get_submodule(router.name).state_dict():
-            own = f"{router.name}.{suffix}"
-            names[stored(own)] = own
+            module_name = f"{router.name}.{suffix}"
+            names[stored(module_name)] = module_name
         if router.correction_bias is not None:
             names[stored(router.correction_bias)] = router.correction_bias
     return names
@@ -160,9 +162,9 @@ def check_routers(
     record = Record(export)
     faults = []
     realigned = 0
-    for name, own in names.items():
+    for name, module_name in names.items():
         if name.removesuffix(".weight") in quantized:
-            faults.append(f"{own.rpartition('.')[0]}: the router is quantized")
+            faults.append(f"{module_name.rpartition('.')[0]}: the router is quantized")
             continue
         if name not in export:
             faults.append(f"{name}: missing")
@@ -174,15 +176,17 @@ def check_routers(
         if exported.dtype not in REAL:
             faults.append(f"{name}: dtype {exported.dtype} is not full precision")
             continue
-        if fault := record.fault((name, own), exported):
+        if fault := record.fault((name, module_name), exported):
             faults.append(fault)
             continue
-        is_weight = own.endswith(".weight")
+        is_weight = module_name.endswith(".weight")
         dtypes = {expected.dtype, declared}
         shapes = exported.shape == expected.shape
         if shapes and _same_router(exported, expected, dtypes, is_weight):
             continue
-        if not (is_weight and not reference.tuned and record.allows((name, own))):
+        if not (
+            is_weight and not reference.tuned and record.allows((name, module_name))
+        ):
             faults.append(
                 f"{name}: differs from the reference's router ({exported.dtype} here, "
                 f"{expected.dtype} there)"

@@ -87,9 +87,9 @@ class OwnNames:
     def __init__(self, pairs: Iterable[tuple[str, str]]) -> None:
         self._prefixes: dict[str, str] = {}
         unchanged: set[str] = set()
-        for own, stored in pairs:
-            a, b = own.split("."), stored.split(".")
-            if own == stored:
+        for name, stored in pairs:
+            a, b = name.split("."), stored.split(".")
+            if name == stored:
                 unchanged.update(".".join(b[:end]) for end in range(len(b)))
                 continue
             while a and b and a[-1] == b[-1]:
@@ -102,9 +102,9 @@ class OwnNames:
         """The module's name, or the stored one if nothing is renamed."""
         parts = stored.split(".")
         for end in range(len(parts), 0, -1):
-            own = self._prefixes.get(".".join(parts[:end]))
-            if own is not None:
-                return ".".join([own, *parts[end:]])
+            renamed = self._prefixes.get(".".join(parts[:end]))
+            if renamed is not None:
+                return ".".join([renamed, *parts[end:]])
         return stored
 
 

@@ -72,8 +72,8 @@ def pair(export: Checkpoint, reference: Reference) -> Pairs:
     pairs = Pairs()
     of_quantized = own_suffixes()
     for owner, suffixes in export.suffixes().items():
-        own = suffixes & of_quantized
-        if any(f"{owner}.{suffix}" not in reference.shapes for suffix in own):
+        packed = suffixes & of_quantized
+        if any(f"{owner}.{suffix}" not in reference.shapes for suffix in packed):
             pairs.layers[owner] = suffixes & (of_quantized | {"weight"})
     tied = _tied(reference)
     for name, shape in reference.shapes.items():

@@ -241,7 +241,7 @@ class QuantizedLayers:
         layout = scheme.format.layout(scheme, rows, inputs)
         weights = _stack([weight for _, weight, _ in batch])
         tensors = {
-            suffix: _stack([own[suffix] for _, _, own in batch])
+            suffix: _stack([stored[suffix] for _, _, stored in batch])
             for suffix in batch[0][2]
         }
         chunk = max(32, _BATCH // (inputs * len(batch)) // 32 * 32)

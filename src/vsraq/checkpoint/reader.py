@@ -230,9 +230,9 @@ class Checkpoint:
         if scheme is None:
             raise KeyError(f"{layer}: declared full precision")
         prefix = f"{layer}."
-        own = {
+        tensors = {
             name.removeprefix(prefix): self[name]
             for name in self
             if name.startswith(prefix)
         }
-        return scheme.format.dequantize(own, scheme)
+        return scheme.format.dequantize(tensors, scheme)

@@ -139,22 +139,24 @@ def _integer(config: Mapping[str, Any], key: str) -> int:
 def _auto_round(config: Mapping[str, Any]) -> tuple[Patterns, Scheme]:
     default = _scheme(_declared_by_auto_round(config))
     entries: list[tuple[str, Any]] = []
-    for name, own in (config.get("extra_config") or {}).items():
-        entries.append((name, _own_scheme(config, own)))
-    for name, own in (config.get("dynamic") or {}).items():
+    for name, overrides in (config.get("extra_config") or {}).items():
+        entries.append((name, _layer_scheme(config, overrides)))
+    for name, overrides in (config.get("dynamic") or {}).items():
         sign, _, pattern = name.partition(":")
         if sign == "-":
             entries.append((pattern, _FULL_PRECISION))
         else:
-            entries.append((pattern, _own_scheme(config, own)))
+            entries.append((pattern, _layer_scheme(config, overrides)))
     for name in config.get("modules_to_not_convert") or ():
         escaped = name if _META.search(name) else re.escape(name)
         entries.append((f".*{escaped}.*", _FULL_PRECISION))
     return Patterns(entries), default
 
 
-def _own_scheme(config: Mapping[str, Any], own: Mapping[str, Any]) -> Scheme | str:
-    merged = {**config, **{k: v for k, v in own.items() if v is not None}}
+def _layer_scheme(
+    config: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> Scheme | str:
+    merged = {**config, **{k: v for k, v in overrides.items() if v is not None}}
     if _integer(merged, "bits") >= 16:
         return _FULL_PRECISION
     return _scheme(_declared_by_auto_round(merged))

@@ -60,18 +60,18 @@ class Row:
 
 
 def load_demo_model(path: Path | None = None) -> nn.Module:
-    """The embedded model, or an export of it, in float32 on the CPU."""
+    """Load the embedded model, or an export of it, in float32 on the CPU."""
     return load_model(path or model_path(), dtype=torch.float32)
 
 
 def load_tokenizer() -> PreTrainedTokenizerBase:
-    """The embedded model's tokenizer."""
+    """Load the embedded model's tokenizer."""
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_path())
     return tokenizer
 
 
 def token_stream(tokenizer: PreTrainedTokenizerBase, split: Split) -> Tensor:
-    """Token ids of one split, (T,), the end token behind each document."""
+    """Return the token ids of one split, (T,), an end token after each document."""
     ids: list[int] = []
     for document in documents(split):
         ids += [*tokenizer(document)["input_ids"], tokenizer.eos_token_id]
@@ -84,7 +84,7 @@ def token_windows(
     count: int | None = None,
     seqlen: int = SEQLEN,
 ) -> Tensor:
-    """Windows of a split's token stream.
+    """Cut windows from a split's token stream.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -104,7 +104,7 @@ def token_windows(
     if len(windows) < count:
         raise ValueError(
             f"count={count}: the {split} text of this Python has {len(windows)} "
-            f"windows of {seqlen} tokens; allowed is that or fewer"
+            f"windows of {seqlen} tokens; allowed are that many or fewer"
         )
     return windows[torch.linspace(0, len(windows) - 1, count).long()]
 
@@ -244,7 +244,7 @@ def _size(path: Path) -> float:
 
 
 def format_table(rows: list[Row]) -> str:
-    """The rows as a table of fixed-width columns."""
+    """Format the rows as a table of fixed-width columns."""
     layers = list(rows[0].comparison.jaccard)
     header = ["scheme", "method", "ppl", "KL", "Jaccard"]
     header += [f"L{index}" for index in range(len(layers))] + ["seconds", "MiB"]

@@ -7,7 +7,7 @@ running interpreter; nothing of it is stored in this package.
 
 A document is one help topic, or all docstrings below one top-level module. The
 split follows a hash of the document's name, so it is the same for every Python
-version and a module never lies on both sides. A paragraph that occurred before (in
+version and a module is never in two splits. A paragraph that occurred before (in
 the order train, calibration, held-out) is dropped, so no paragraph is in two splits
 of one Python version.
 """
@@ -30,7 +30,7 @@ _MIN_PARAGRAPH = 40  # characters; shorter ones are headings and signatures
 
 
 def split_of(name: str) -> Split:
-    """The split that the document `name` belongs to (80 / 8 / 12 %)."""
+    """Return the split that the document `name` belongs to (80 / 8 / 12 %)."""
     percent = zlib.crc32(name.encode()) % 100
     if percent < 80:
         return "train"
@@ -74,7 +74,7 @@ def _splits() -> dict[Split, tuple[str, ...]]:
     seen: set[str] = set()
     splits: dict[Split, tuple[str, ...]] = {}
     for split, documents in texts.items():
-        kept = []
+        unique = []
         for paragraphs in documents.values():
             fresh = []
             for paragraph in paragraphs:
@@ -83,13 +83,13 @@ def _splits() -> dict[Split, tuple[str, ...]]:
                     seen.add(key)
                     fresh.append(paragraph)
             if fresh:
-                kept.append("\n\n".join(fresh))
-        splits[split] = tuple(kept)
+                unique.append("\n\n".join(fresh))
+        splits[split] = tuple(unique)
     return splits
 
 
 def documents(split: Split) -> tuple[str, ...]:
-    """All documents of one split, in a fixed order.
+    """Return all documents of one split, in a fixed order.
 
     Args:
         split: `"train"`, `"calibration"` or `"heldout"`.

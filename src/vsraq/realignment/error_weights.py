@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which errors of a router's logits count how much in its re-fit, and what that costs.
+"""How much each error of a router's logits counts in its re-fit, and what that costs.
 
 Shapes: T tokens, E experts, K top-k, H hidden width.
 """
@@ -31,7 +31,7 @@ def check_weighted_size(hidden: int, num_experts: int) -> None:
 
 
 def error_weights(scores: Tensor, top_k: int, weighting: Weighting) -> Tensor | None:
-    """How much the error of each expert's logit counts, per token.
+    """Compute how much the error of each expert's logit counts, per token.
 
     Args:
         scores: Full-precision selection scores, (T, E).

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Re-fitted routers as they must stand in an export.
+"""Re-fitted routers as an export must hold them.
 
-AutoRound ends every export by putting tensors that are F32 in the source and 16-bit in
-the export back to the source's values (`utils/missing_tensors.py`). A router whose
-source is F32 so loses its re-fit. It is written again, in the dtype that is stored
-then: an F32 tensor holds the tuned 16-bit weight exactly.
+At the end of every export AutoRound replaces tensors that are F32 in the source and
+16-bit in the export by the source's values (`utils/missing_tensors.py`). So a router
+whose source is F32 loses its re-fit. It is written again, in the dtype that the file
+then has: an F32 tensor holds the tuned 16-bit weight exactly.
 """
 
 import functools
@@ -44,8 +44,8 @@ def around_saving(
 
     Args:
         orchestrator: AutoRound's.
-        start: Is called with the folder that the export is to be written to.
-        finish: Is called with the folders that were written, one per format.
+        start: Called with the folder that the export is to be written to.
+        finish: Called with the folders that were written, one per format.
     """
     save: Callable[..., Any] = orchestrator.save_quantized
     signature = inspect.signature(save)
@@ -73,7 +73,7 @@ def restore_refitted_routers(
 ) -> None:
     """Make an export hold the re-fitted routers, and record their digests.
 
-    Files that are no safetensors (GGUF) are left alone: AutoRound does not touch the
+    Files that are not safetensors (GGUF) are left alone: AutoRound does not touch the
     routers in them.
 
     Args:
@@ -91,8 +91,8 @@ def restore_refitted_routers(
     if not files or not (folder / "config.json").is_file():
         return
     digests, restored = {}, []
-    for own_name, weight in weights.items():
-        name = stored_name(model, own_name)
+    for parameter_name, weight in weights.items():
+        name = stored_name(model, parameter_name)
         if name not in files:
             raise RuntimeError(
                 f"{folder}: it holds no tensor {name}, the weight of a re-fitted "
@@ -104,15 +104,15 @@ def restore_refitted_routers(
     write_record(folder, digests)
     if restored:
         logger.info(
-            "vsraq: %d re-fitted routers written again, because AutoRound had put the "
-            "source's float32 ones back: %s",
+            "vsraq: %d re-fitted routers were written again, because AutoRound had put "
+            "the source's float32 ones back: %s",
             len(restored),
             ", ".join(restored),
         )
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    """The file of each tensor of an export, as its index says."""
+    """Find the file of each tensor of an export."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         named = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -125,7 +125,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def _write_tensor(path: Path, name: str, weight: Tensor) -> tuple[bool, str]:
-    """Let a file hold a weight under a name; whether it did not, and its digest."""
+    """Write a weight into a file; return whether that changed it, and its digest."""
     with path.open("r+b") as file:
         header_size = int.from_bytes(file.read(8), "little")
         entry = json.loads(file.read(header_size))[name]
@@ -148,5 +148,5 @@ def _write_tensor(path: Path, name: str, weight: Tensor) -> tuple[bool, str]:
         file.seek(start)
         stored = file.read(end - start)
     if stored != expected:
-        raise OSError(f"{path}: {name} was written and reads otherwise; check the disk")
+        raise OSError(f"{path}: {name} reads back differently; check the disk")
     return True, digest(expected)

@@ -36,7 +36,7 @@ from vsraq.realignment.record import record_realignment, router_weight
 from vsraq.routers import BoundRouter, find_routers
 
 DEFAULT_RIDGE = 1e-3
-_HELDOUT_EVERY = 8  # one calibration sample of 8 decides, the others fit
+_HELDOUT_EVERY = 8  # one calibration sample in 8 is held out, the others are fitted
 
 
 class RidgeSums:
@@ -87,18 +87,18 @@ class RidgeSums:
             self.moment += (r.T @ x).to(device)
             return
         w = weights.detach().to(x)
-        for expert, own in enumerate(w.T):  # E at once would be T x E x H
-            self.gram[expert] += ((x * own[:, None]).T @ x).to(device)
+        for expert, expert_weights in enumerate(w.T):  # E at once would be T x E x H
+            self.gram[expert] += ((x * expert_weights[:, None]).T @ x).to(device)
         self.moment += ((r * w).T @ x).to(device)
 
     def sum_over_processes(self) -> None:
         """Add what other processes have seen; all of them have the same sums then."""
         if process_count() > 1:
-            for own in (*self.gram, self.moment):  # one H x H at a time
-                own.copy_(sum_over_processes(own))
+            for part in (*self.gram, self.moment):  # one H x H at a time
+                part.copy_(sum_over_processes(part))
 
     def solve(self, ridge: float = DEFAULT_RIDGE) -> Tensor:
-        """The correction dW.
+        """Solve for the correction dW.
 
         Args:
             ridge: rho as a fraction of the mean diagonal of X^T X, > 0.
@@ -138,7 +138,7 @@ class RidgeSums:
 
 @dataclass(frozen=True)
 class Refit:
-    """What re-fitting did to one router, measured on samples that it did not see.
+    """Result of re-fitting one router, measured on held-out samples.
 
     Attributes:
         router: The router's name.
@@ -159,7 +159,7 @@ class Refit:
     applied: bool
 
     def __str__(self) -> str:
-        """One line for a log."""
+        """Return one line for a log."""
         verdict = "re-fitted" if self.applied else "left alone, no gain"
         return (
             f"router {self.router} {verdict}: held-out logit error {self.before:.3e} "
@@ -170,7 +170,7 @@ class Refit:
 
 @dataclass
 class _Heldout:
-    """Errors on the samples that decide."""
+    """Errors on the held-out samples."""
 
     error: StreamingMean = field(default_factory=StreamingMean)
     overlap: StreamingMean = field(default_factory=StreamingMean)
@@ -178,8 +178,8 @@ class _Heldout:
     def sum_over_processes(self) -> None:
         """Add the samples of other processes."""
         for mean in (self.error, self.overlap):
-            own = torch.tensor([mean.total, mean.count], dtype=torch.float64)
-            total, count = sum_over_processes(own).tolist()
+            sums = torch.tensor([mean.total, mean.count], dtype=torch.float64)
+            total, count = sum_over_processes(sums).tolist()
             mean.total, mean.count = total, int(count)
 
 
@@ -191,7 +191,7 @@ def refit_router(
     ridge: float = DEFAULT_RIDGE,
     weighting: Weighting = "uniform",
 ) -> Refit:
-    """Re-fit one router, if samples that take no part in the fit confirm it.
+    """Re-fit one router, and keep the new weight if held-out samples confirm it.
 
     One sample in eight is held out. The new weight is rounded to the router's dtype
     before it is judged, and it is kept only if the held-out error falls. The processes
@@ -208,7 +208,7 @@ def refit_router(
         weighting: Of the errors that are fitted and judged; see `error_weights`.
 
     Returns:
-        What happened.
+        What the re-fit did.
 
     Raises:
         ValueError: `ridge` is not positive, `weighting` is unknown, or there are fewer
@@ -261,7 +261,7 @@ def refit_router(
 def _counted(
     device: torch.device, samples: Iterable[tuple[Tensor, Tensor, Tensor | None]]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and logits of the tokens that count, of each sample that has some."""
+    """Yield inputs and logits of the tokens that count, of samples that have some."""
     for inputs, target, mask in samples:
         inputs, target = inputs.to(device), target.to(device).float()
         if mask is not None:
@@ -274,9 +274,9 @@ def _counted(
 def _weights_of(
     router: BoundRouter, weighting: Weighting, target: Tensor
 ) -> Tensor | None:
-    """How much each error counts, (T, E); None: all alike."""
+    """Return how much each error counts, (T, E); None: all alike."""
     if weighting == "uniform":
-        return None  # no need of the scores
+        return None  # no scores are needed
     return error_weights(router.scores(target), router.top_k, weighting)
 
 
@@ -285,7 +285,7 @@ def _judge(
     heldout: Iterable[tuple[Tensor, Tensor]],
     weigh: Callable[[Tensor], Tensor | None],
 ) -> _Heldout:
-    """The errors of a router as it is, on samples that were not fitted."""
+    """Measure the errors of a router as it is, on held-out samples."""
     result = _Heldout()
     for inputs, target in heldout:
         target = target.to(router.weight.device)
@@ -293,7 +293,7 @@ def _judge(
         error = (logits - target).square()
         weights = weigh(target)
         result.error.update(error if weights is None else error * weights)
-        if router.description.rule is not None:  # else nobody knows what it chooses
+        if router.description.rule is not None:  # else its choice is unknown
             chosen, wanted = router.select(logits), router.select(target)
             result.overlap.update(jaccard(chosen, wanted))
     result.sum_over_processes()
@@ -301,7 +301,7 @@ def _judge(
 
 
 def _correction(router: BoundRouter, sums: "RidgeSums", ridge: float) -> Tensor:
-    """What is added to the weight, (E, H), the same in every process.
+    """Compute what is added to the weight, (E, H), the same in every process.
 
     Raises:
         RuntimeError: The system cannot be solved.
@@ -328,11 +328,11 @@ def realign_routers(
     """Re-fit the routers of a model that any tool has quantized, in place.
 
     Routers are re-fitted in order, each on what the ones before it now send. Both
-    models run block by block, every block once and its part before the router twice;
-    what is kept are the hidden states of all samples on both paths, on the CPU, and one
-    sample in eight of one router. Where a block cannot be run alone, both models run
-    from the start up to every router in turn, about L + 1 passes for L MoE layers, and
-    the log says so.
+    models run block by block, every block once and its part before the router twice.
+    CPU memory holds the hidden states of all samples on both paths, and one sample in
+    eight of one router. Where a block cannot be run alone, both models run from the
+    start up to every router in turn, about L + 1 passes for L MoE layers, and the log
+    says so.
 
     Args:
         q_model: The quantized causal language model; its routers change.
@@ -379,7 +379,7 @@ def realign_routers(
 def _along(
     fp_path: Path, q_path: Path, fp_router: BoundRouter
 ) -> Iterator[tuple[Tensor, Tensor, None]]:
-    """The samples of `refit_router` for one router of two models."""
+    """Yield the samples of `refit_router` for one router of two models."""
     for path in (fp_path, q_path):
         path.advance_to(fp_router.name)
     for sample in range(len(fp_path)):

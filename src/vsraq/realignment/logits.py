@@ -2,10 +2,10 @@
 """The full-precision logits that a re-fit reads, and how many of them are kept.
 
 A re-fit needs the sums X^T X and X^T Z over tokens. Z, (T, E), is known before the
-block is tuned and X, (T, H), only after, so one of both has to be kept for every token
-that takes part. E is the smaller. A linear map with H unknowns per expert does not
-need more than some hundred tokens for each of them, so the number of tokens is bounded
-and not each token's precision.
+block is tuned and X, (T, H), only after, so one of the two has to be kept for every
+token that takes part. Z is smaller. A linear map with H unknowns per expert does not
+need more than a few hundred tokens for each of them, so the number of tokens is
+limited and not their precision.
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ from torch import Tensor
 from vsraq.router_terms import split_samples
 
 REFIT_BYTES = 160_000_000
-"""Of the logits of one router; 625,000 tokens of 128 experts."""
+"""Size of the logits of one router: 625,000 tokens of 128 experts."""
 
 
 def in_half(logits: Tensor) -> Tensor:
-    """Logits in float16, or as they are where one of them is too large for it.
+    """Convert logits to float16, unless one of them is too large for it.
 
-    Its rounding, 2^-12 of a logit, is an eighth of that of the bfloat16 inputs that
-    they were computed from.
+    The rounding error, 2^-12 of a logit, is an eighth of that of bfloat16 inputs, from
+    which logits are computed.
     """
     half = logits.to(torch.float16)
     return half if half.isfinite().all() else logits
@@ -45,7 +45,7 @@ class RefitLogits:
         self._full = False
 
     def add(self, logits: Tensor) -> None:
-        """Keep those of one call, (T, E), or of its first tokens."""
+        """Keep the logits of one call, (T, E), or of its first tokens."""
         half = in_half(logits)
         rows = self._left // (half.shape[1] * half.element_size())
         if rows < len(half):
@@ -57,11 +57,11 @@ class RefitLogits:
         self._calls.append(half.to(self._cache_device))
 
     def samples(self, block: str, router: str, tokens: Sequence[int]) -> list[Tensor]:
-        """Those of each calibration sample, (T, E), of the first samples if not of all.
+        """Return the logits of each sample, (T, E), or of the first samples only.
 
         Args:
             block: The block's name.
-            router: The router's.
+            router: The router's name.
             tokens: Tokens of each sample.
 
         Raises:

@@ -24,7 +24,7 @@ from vsraq.whole_file import write_whole
 
 
 def router_weight(name: str, module: nn.Module) -> tuple[str, Tensor]:
-    """The parameter that a re-fit changes.
+    """Find the parameter that a re-fit changes.
 
     Args:
         name: The router's name in the model.
@@ -34,12 +34,12 @@ def router_weight(name: str, module: nn.Module) -> tuple[str, Tensor]:
         The parameter's name in the model, and the parameter.
     """
     weight: Tensor = linear_map(module).weight  # type: ignore[assignment]
-    own = next(n for n, p in module.named_parameters() if p is weight)
-    return f"{name}.{own}", weight
+    parameter_name = next(n for n, p in module.named_parameters() if p is weight)
+    return f"{name}.{parameter_name}", weight
 
 
 def stored_name(model: nn.Module, name: str) -> str:
-    """A parameter's name on disk, where transformers renames it while saving."""
+    """Return a parameter's name on disk; transformers renames some while saving."""
     if not isinstance(model, PreTrainedModel):
         return name
     empty = torch.empty(0, 0, device="meta")
@@ -48,18 +48,18 @@ def stored_name(model: nn.Module, name: str) -> str:
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
-    """A tensor's values as safetensors stores them."""
+    """Return a tensor's values as safetensors stores them."""
     flat = tensor.detach().cpu().contiguous().flatten()
     return flat.view(torch.uint8).numpy().tobytes()
 
 
 def digest(stored: bytes) -> str:
-    """`sha256:<hex>` of stored bytes."""
+    """Return `sha256:<hex>` of stored bytes."""
     return f"sha256:{hashlib.sha256(stored).hexdigest()}"
 
 
 def realignment_record(digests: Mapping[str, str]) -> dict[str, Any]:
-    """What a config says of re-fitted routers.
+    """Build what a config says about re-fitted routers.
 
     Args:
         digests: By stored name; see `digest`.
@@ -73,7 +73,7 @@ def record_realignment(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     It travels with the export, where `vsraq.checkpoint.verify` reads it.
 
     Args:
-        model: The model; one without a config, a single block, takes no note.
+        model: The model; without a config (a single block) nothing is noted.
         weights: The new weights by their names in the model, (E, H); at least one.
 
     Raises:
@@ -96,7 +96,7 @@ def record_realignment(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def drop_record(model: nn.Module) -> None:
-    """Take the record of an earlier run out of the model's config."""
+    """Remove the record of an earlier run from the model's config."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "vsraq"):
         del config.vsraq

@@ -7,7 +7,7 @@ from vsraq.recipe.recipe import Calibration, Recipe, load_recipe, parse_recipe
 from vsraq.recipe.run import (
     build,
     mask_path,
-    refuse_without_selection,
+    refuse_without_token_selection,
     run,
     select_tokens,
     write_resolved,
@@ -23,7 +23,7 @@ __all__ = [
     "load_recipe",
     "mask_path",
     "parse_recipe",
-    "refuse_without_selection",
+    "refuse_without_token_selection",
     "run",
     "select_tokens",
     "write_resolved",

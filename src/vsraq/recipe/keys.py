@@ -75,14 +75,14 @@ _ONE_OF_SCHEMES = f"one of {', '.join(SCHEMES)}"
 
 
 class SchemeOfLayer(SchemeOptions):
-    """What one layer may have instead of the recipe's scheme."""
+    """The keys that one layer may have instead of the recipe's scheme."""
 
     scheme: _Scheme | None = Field(None, description=_ONE_OF_SCHEMES)
     scale_dtype: Annotated[str, AfterValidator(_dtype)] | None = None
 
 
 class RecipeKeys(StrictModel):
-    """The keys at the top."""
+    """The keys at the top of a recipe."""
 
     model: _Text = Field(description=_TEXT)
     scheme: _Text = Field(description=_TEXT)
@@ -107,7 +107,7 @@ class CalibrationKeys(StrictModel):
 
 
 class RuntimeKeys(StrictModel):
-    """What a recipe may pass to `auto_round.AutoRound` beyond its own sections."""
+    """The keys of `runtime`, which go to `auto_round.AutoRound`."""
 
     amp: bool = Field(True, description=_SWITCH)
     device_map: Annotated[str | int, AfterValidator(_devices)] = Field(
@@ -115,7 +115,7 @@ class RuntimeKeys(StrictModel):
     )
     enable_deterministic_algorithms: bool = Field(False, description=_SWITCH)
     enable_torch_compile: bool = Field(False, description=_SWITCH)
-    ignore_layers: _Names = Field("", description="a str: layers' names and commas")
+    ignore_layers: _Names = Field("", description="a str: names of layers, with commas")
     layer_config: Annotated[
         dict[str, str | dict[str, Any]], AfterValidator(_layer_config)
     ] = Field(
@@ -129,7 +129,9 @@ class RuntimeKeys(StrictModel):
         "auto", description="auto, float32, float16 or bfloat16"
     )
     quant_lm_head: bool = Field(False, description=_SWITCH)
-    to_quant_block_names: _Names = Field("", description="a str: blocks and commas")
+    to_quant_block_names: _Names = Field(
+        "", description="a str: names of blocks, with commas"
+    )
     trust_remote_code: bool = Field(False, description=_SWITCH)
 
 

@@ -30,12 +30,12 @@ from vsraq.routers import find_routers
 from vsraq.strict import did_you_mean
 from vsraq.tokens import TokenMask
 
-_ENOUGH = 0.9  # of the estimate: what is left out of it is less than that
+_ENOUGH = 0.9  # of the estimate must be free; it is wrong by less than the rest
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run would do, as far as it is known before.
+    """A summary of a run before it starts.
 
     Attributes:
         model_type: Of the model's config.
@@ -74,9 +74,9 @@ def check(recipe: Recipe) -> Estimate:
         What the run would do.
 
     Raises:
-        FileNotFoundError: The model, a data set's file or the token mask is not there.
-        ValueError: The output cannot be written, the model is unknown or no mixture of
-            experts, or there is too little room or calibration text.
+        FileNotFoundError: The model, a data set's file or the token mask is missing.
+        ValueError: The output cannot be written, the model is unknown or not a mixture
+            of experts, or there is too little room or calibration text.
     """
     config = recipe.algorithm_config()
     folder = _writable(recipe.output, "output")
@@ -107,7 +107,7 @@ def check(recipe: Recipe) -> Estimate:
 
 
 def export_bytes(model: nn.Module, scheme: Mapping[str, Any]) -> int:
-    """How large an export is, about.
+    """Estimate the size of an export.
 
     Matrices and stacks of matrices (experts) have `bits` per weight and 16 bits per
     group; embeddings, the head and everything else have 16 bits.
@@ -132,25 +132,25 @@ def export_bytes(model: nn.Module, scheme: Mapping[str, Any]) -> int:
 
 
 def _resume_bytes(config: Any, recipe: Recipe) -> int:
-    """AutoRound keeps both streams of hidden states, 16 bits each."""
+    """Estimate what AutoRound keeps: both streams of hidden states in 16 bits."""
     hidden = config.get_text_config().hidden_size
     return 2 * 2 * recipe.calibration.nsamples * recipe.calibration.seqlen * hidden
 
 
 def _writable(path: str, name: str) -> Path:
-    """The nearest folder above a path that exists; it must let us write."""
-    there = Path(path).absolute()
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
-        raise ValueError(f"{name}={path!r}: {there} is a file; allowed is a folder")
+    """Return the nearest existing folder above a path, which must be writable."""
+    folder = Path(path).absolute()
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise ValueError(f"{name}={path!r}: {folder} is a file; allowed is a folder")
     try:
-        with tempfile.TemporaryFile(dir=there):
-            return there
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
     except OSError as error:
         raise ValueError(
-            f"{name}={path!r}: {there} cannot be written ({error.strerror}); allowed "
-            "is a folder that can"
+            f"{name}={path!r}: {folder} cannot be written ({error.strerror}); allowed "
+            "is a writable folder"
         ) from error
 
 
@@ -176,7 +176,7 @@ def _model_config(recipe: Recipe) -> Any:
         reason = " ".join(str(error).split())
         where = (
             ", and the hub is switched off (HF_HUB_OFFLINE), so only models in its "
-            "cache are there"
+            "cache are available"
             if not path.is_dir() and is_offline_mode()
             else ""
         )
@@ -220,7 +220,7 @@ def _gb(count: int) -> str:
 
 
 def _check_samples(recipe: Recipe) -> None:
-    """Check that every data set is known, and a single local one large enough."""
+    """Check that all data sets are known, and that a single local one is enough."""
     parts = recipe.calibration.dataset.split(",")
     for part in parts:
         name = part.partition(":")[0]
@@ -250,7 +250,7 @@ def _check_local(name: str) -> None:
     if " " in name:
         raise ValueError(
             f"calibration.dataset={name!r}: AutoRound drops spaces from the name; "
-            "allowed is a path without"
+            "allowed is a path without spaces"
         )
 
 
@@ -277,7 +277,7 @@ def _count_samples(recipe: Recipe, path: Path) -> None:
 
 
 def _texts(path: Path) -> Iterator[str]:
-    """The texts of a file, read as AutoRound reads them."""
+    """Yield the texts of a file as AutoRound reads them."""
     with path.open(encoding="utf-8") as file:
         try:
             if path.suffix == ".json":

@@ -42,11 +42,11 @@ from vsraq.yaml_text import parse_yaml, read_text
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """Which text AutoRound tunes on.
+    """The text that AutoRound tunes on.
 
     Attributes:
         dataset: A data set that AutoRound knows, or the path of a local file, with
-            AutoRound's options behind colons.
+            AutoRound's options after colons.
         nsamples: Samples.
         seqlen: Tokens per sample; shorter ones are dropped.
         batch_size: Samples per tuning step.
@@ -112,7 +112,7 @@ class Recipe:
         return VSRAQConfig if self.method == "vsraq" else SignRoundConfig
 
     def algorithm_config(self) -> SignRoundConfig:
-        """The configuration object that goes to AutoRound as `alg_configs`.
+        """Build the configuration object that goes to AutoRound as `alg_configs`.
 
         Raises:
             ValueError: A value under `algorithm` is not allowed.
@@ -121,12 +121,12 @@ class Recipe:
         return config
 
     def resolved(self) -> dict[str, Any]:
-        """Every setting with its final value; `parse_recipe` takes it back."""
+        """Return every setting with its final value, as `parse_recipe` reads it."""
         plain = asdict(self)
         config = self.algorithm_config()
-        own = config.alignment.plain() if isinstance(config, VSRAQConfig) else {}
+        options = config.alignment.plain() if isinstance(config, VSRAQConfig) else {}
         names = config_arguments(self._config_class).difference(OPTIONS)
-        values = {name: getattr(config, name, None) for name in names} | own
+        values = {name: getattr(config, name, None) for name in names} | options
         plain["algorithm"] = {
             name: value if isinstance(value, str | int | float | dict) else str(value)
             for name, value in sorted(values.items())
@@ -147,7 +147,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: The file is no mapping, a key is unknown (the message names the
+        ValueError: The file is not a mapping, a key is unknown (the message names the
             nearest known one), or a value is not allowed.
     """
     data = parse_yaml(read_text(path))

@@ -13,7 +13,7 @@ from auto_round.schemes import QuantizationScheme
 
 from vsraq.autoround import VSRAQConfig
 from vsraq.autoround.select_tokens import selection_of
-from vsraq.autoround.token_selection import Selection
+from vsraq.autoround.token_selection import TokenSelection
 from vsraq.options import Threshold
 from vsraq.recipe.recipe import Recipe
 from vsraq.tokens import TokenMask
@@ -28,7 +28,7 @@ def build(
     config: SignRoundConfig | None = None,
     **overrides: Any,
 ) -> AutoRound:
-    """The AutoRound run of a recipe.
+    """Build the AutoRound run of a recipe.
 
     Args:
         recipe: The recipe.
@@ -50,33 +50,33 @@ def build(
 
 
 def mask_path(recipe: Recipe) -> Path:
-    """Where `select_tokens` writes the mask and `run` looks for it."""
+    """Return where `select_tokens` writes the mask and `run` looks for it."""
     return Path(recipe.output) / "token_mask.safetensors"
 
 
-def refuse_without_selection(recipe: Recipe) -> None:
-    """Refuse a recipe of which `select_tokens` has nothing to write.
+def refuse_without_token_selection(recipe: Recipe) -> None:
+    """Refuse a recipe that has no mask for `select_tokens` to write.
 
     Raises:
         ValueError: It selects no tokens, or names a mask.
     """
     if _threshold(recipe.algorithm_config()) is None:
         raise ValueError(
-            "algorithm: this recipe selects no tokens to write a mask of; allowed is "
+            "algorithm: this recipe selects no tokens, so there is no mask; allowed is "
             "one with objective: sra or token_selection: true, and without token_mask"
         )
 
 
-def select_tokens(recipe: Recipe) -> Selection:
+def select_tokens(recipe: Recipe) -> TokenSelection:
     """Select the tokens of a recipe's run, write the mask, and tune nothing.
 
     Returns:
-        The selection; its mask is at `mask_path(recipe)`.
+        The selected tokens; their mask is at `mask_path(recipe)`.
 
     Raises:
         ValueError: The recipe selects no tokens, or names a mask.
     """
-    refuse_without_selection(recipe)
+    refuse_without_token_selection(recipe)
     config = recipe.algorithm_config()
     config.select_only = True
     autoround = build(recipe, config=config)
@@ -92,22 +92,22 @@ def select_tokens(recipe: Recipe) -> Selection:
 
 
 def _rounding(recipe: Recipe) -> str:
-    """All that decides how a recipe rounds the model."""
+    """Describe all that decides how a recipe rounds the model."""
     fields_of_scheme = set(QuantizationScheme.get_attributes())
-    own = {k: v for k, v in recipe.algorithm.items() if k in fields_of_scheme}
+    changes = {k: v for k, v in recipe.algorithm.items() if k in fields_of_scheme}
     layers = ("ignore_layers", "layer_config", "quant_lm_head", "to_quant_block_names")
-    own |= {k: v for k, v in recipe.runtime.items() if k in layers}
+    changes |= {k: v for k, v in recipe.runtime.items() if k in layers}
     rounding = f"{recipe.scheme} for {recipe.format}"
-    return f"{rounding} {own}" if own else rounding
+    return f"{rounding} {changes}" if changes else rounding
 
 
 def _threshold(config: SignRoundConfig) -> Threshold | None:
-    """Which tokens a run selects itself."""
+    """Return the thresholds of a run that selects tokens itself, else None."""
     return config.alignment.threshold if isinstance(config, VSRAQConfig) else None
 
 
 def _reusable_mask(recipe: Recipe, config: SignRoundConfig) -> Path | None:
-    """The mask that `select_tokens` has written, if it was made for this run."""
+    """Return the mask that `select_tokens` wrote, if it was made for this run."""
     path = mask_path(recipe)
     threshold = _threshold(config)
     if threshold is None or not path.is_file():
@@ -155,7 +155,7 @@ def run(recipe: Recipe) -> list[Path]:
 def write_resolved(recipe: Recipe, folder: Path) -> Path:
     """Write `vsraq_recipe.yaml` into a folder and return its path.
 
-    It runs again as it is; the versions that made the export stand in its comments.
+    It can be run again as it is; its comments hold the versions that made the export.
     """
     packages = ("vsraq", "auto-round", "torch", "transformers")
     versions = "".join(f"# {name} {version(name)}\n" for name in packages)

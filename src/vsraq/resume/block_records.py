@@ -23,7 +23,7 @@ _ROUTER, _COUNT = "router", "count"
 
 @dataclass(frozen=True)
 class BlockRecord:
-    """What is kept of one tuned block.
+    """A record of one tuned block.
 
     Attributes:
         routers: Re-fitted weights by their names in the model, (E, H).
@@ -66,7 +66,7 @@ class BlockRecords:
         write_whole(self._path(block), content)
 
     def read(self, block: str) -> BlockRecord | None:
-        """The record of a block, or None if it was not tuned to its end."""
+        """Read the record of a block, None if it was not tuned to its end."""
         path = self._path(block)
         if not path.is_file():
             return None
@@ -75,8 +75,8 @@ class BlockRecords:
         with safe_open(path, "pt") as file:
             shards = json.loads(file.metadata()["shards"])
             for key in file.keys():
-                what, _, name = key.partition("/")
-                if what == _ROUTER:
+                section, _, name = key.partition("/")
+                if section == _ROUTER:
                     routers[name] = file.get_tensor(key)
                 else:
                     kind, _, router = name.partition("/")

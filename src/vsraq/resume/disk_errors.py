@@ -2,7 +2,7 @@
 """One message for a disk that is full or read-only, whoever was writing.
 
 safetensors reports it as a SafetensorError, tokenizers as an Exception, `torch.save` as
-a RuntimeError, all without the file; and AutoRound only warns of some.
+a RuntimeError, all without the file; and AutoRound only warns about some.
 """
 
 import errno
@@ -24,7 +24,7 @@ class DiskError(OSError):
 
 
 def _disk_errno(error: BaseException) -> int | None:
-    """What the disk refused, or None if it was something else."""
+    """Return the errno of a disk error, or None if it is another error."""
     if isinstance(error, OSError):
         return error.errno if error.errno in _NO_ROOM + _NOT_ALLOWED else None
     if found := re.search(r"\(os error (\d+)\)", str(error)):
@@ -38,7 +38,7 @@ def _disk_errno(error: BaseException) -> int | None:
 
 
 class _Swallowed(logging.Handler):
-    """Errors of the disk that AutoRound only warns of, as it does while it exports."""
+    """A handler that keeps disk errors which AutoRound only warns about."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
@@ -70,7 +70,7 @@ def _none_swallowed() -> Iterator[None]:
 
 @contextmanager
 def disk_errors(folder: str) -> Iterator[None]:
-    """Say where there is no room, and what to do.
+    """Explain a disk error: which folder, and what to do.
 
     Args:
         folder: Of the export.
@@ -98,7 +98,7 @@ def disk_errors(folder: str) -> Iterator[None]:
 
 
 def explain_disk_errors(orchestrator: Any) -> None:
-    """Do so for this run of AutoRound, which has no seam for it."""
+    """Explain the disk errors of this run of AutoRound, which has no seam for it."""
     for method in ("quantize", "save_quantized"):
         run_inside(
             orchestrator, method, lambda: disk_errors(str(orchestrator.output_dir))

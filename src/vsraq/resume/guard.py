@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Resume a run of AutoRound to the very bits it would have ended with, or refuse.
+"""Resume a run of AutoRound so that it ends with the same bits, or refuse.
 
 AutoRound's resume directory (`AR_RESUME_DIR`) is keyed by model, scheme, data set and
 blocks. It knows neither the algorithm nor the output folder, and takes any unfinished
-shard in the output for its own. After block n it writes, in this order, the shards of
+shard in the output as its own. After block n it writes, in this order, the shards of
 the block, the quantized and the full-precision inputs of block n + 1 in place of those
 of block n, and the manifest. So
 
 - the run has an id, in the resume directory and in the output folder, and settings;
 - the inputs of block n are set aside before AutoRound replaces them, and put back if
   the manifest does not say that block n is done;
-- shards of other blocks than those done are removed: the blocks are tuned again;
+- shards of blocks that are not done are removed: the blocks are tuned again;
 - a run that was tuned but not exported tunes its last block again, because AutoRound
-  cannot start behind it.
+  cannot start after it.
 """
 
 import json
@@ -84,7 +84,7 @@ class ResumableRun:
         if 0 < done == len(self._blocks):
             logger.info(
                 "vsraq: all %d blocks are tuned but not exported; the last one is "
-                "tuned again, because AutoRound cannot start behind it",
+                "tuned again, because AutoRound cannot start after it",
                 done,
             )
             done = self._forget_last_block()
@@ -93,7 +93,7 @@ class ResumableRun:
         return done
 
     def tuned(self, done: int) -> list[BlockRecord]:
-        """The records of the blocks that are done."""
+        """Read the records of the blocks that are done."""
         records = [self._records.read(block) for block in self._blocks[:done]]
         missing = [
             block
@@ -109,7 +109,7 @@ class ResumableRun:
         return [record for record in records if record is not None]
 
     def start_block(self, index: int) -> None:
-        """Drop the inputs of blocks that nobody will tune again."""
+        """Drop the inputs of blocks that will not be tuned again."""
         for path in self._group.glob(f"*{_ASIDE}*"):
             if int(path.name.rpartition(_ASIDE)[2]) < index:
                 path.unlink()
@@ -131,7 +131,7 @@ class ResumableRun:
                 path.rename(f"{path}{_ASIDE}{index}")
 
     def finish(self) -> None:
-        """The export is complete: drop the marker first, then what a resume needs."""
+        """Drop the marker of a complete export first, then what a resume needs."""
         (self._output / _MARKER).unlink(missing_ok=True)
         for path in self._group.glob(f"*{_ASIDE}*"):
             path.unlink()
@@ -140,7 +140,7 @@ class ResumableRun:
     # ── Whose files they are ─────────────────────────────────────────────────
 
     def _identify(self) -> tuple[int, str]:
-        """How many blocks the manifest calls done, and the id of this run."""
+        """Return how many blocks the manifest calls done, and the id of this run."""
         run, manifest = self._directory / _RUN, self._group / _MANIFEST
         stored = _read(run) if run.is_file() else None
         if manifest.is_file():
@@ -154,7 +154,7 @@ class ResumableRun:
             return len(_read(manifest)["completed_blocks"]), stored["run"]
         if stored is not None and stored.get("settings") == self._settings:
             return 0, stored["run"]
-        refuse_leftovers(self._output)  # none can be of a run that starts now
+        refuse_leftovers(self._output)  # a run that starts now has none
         self._directory.mkdir(parents=True, exist_ok=True)
         self._records.clear()
         run_id = secrets.token_hex(8)
@@ -229,17 +229,17 @@ class ResumableRun:
             )
 
     def _keep_shards_of(self, done: int) -> None:
-        """Leave the shards of the blocks that are done, as the run had named them."""
+        """Keep only the shards of blocks that are done, as the run had named them."""
         for path in weight_files(self._output):
             found = re.fullmatch(r"model-(\d{5})-of-\d{5}\.safetensors", path.name)
             if found:
                 path.rename(path.with_name(f"model-shard-{found[1]}.safetensors"))
         present = [path.name for path in _unfinished_shards(self._output)]
-        kept = self._shards_of(done, present)
+        shards = self._shards_of(done, present)
         for path in weight_files(self._output):
-            if path.name not in kept:
+            if path.name not in shards:
                 path.unlink()
-        for name in kept:
+        for name in shards:
             try:
                 with safe_open(self._output / name, "pt"):
                     pass

@@ -20,7 +20,7 @@ _PATTERNS = (
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Files of weights that lie in a folder, and their indices."""
+    """List the weight files in a folder, and their indices."""
     return sorted({path for pattern in _PATTERNS for path in folder.glob(pattern)})
 
 
@@ -28,7 +28,7 @@ def refuse_leftovers(folder: Path) -> None:
     """Refuse a folder that holds weights already.
 
     Raises:
-        ValueError: Of an earlier export, or of a run that did not end.
+        ValueError: It holds those of an earlier export, or of an unfinished run.
     """
     found = [path.name for path in weight_files(folder)]
     if found:
@@ -59,10 +59,10 @@ def check_writable(folder: Path) -> None:
 
 
 def set_leftovers_aside(folder: Path) -> None:
-    """Move weights that lie in a folder into one below it.
+    """Move the weights in a folder into a folder below it.
 
-    For `save_quantized` after `quantize`, which tells the folder when hours of tuning
-    would be lost by a refusal.
+    `save_quantized` after `quantize` names the folder only when the tuning is done, so
+    a refusal would lose hours of work.
     """
     found = weight_files(folder)
     if not found:

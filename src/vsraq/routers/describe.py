@@ -9,7 +9,7 @@ from vsraq.routers.experts import rows_of
 from vsraq.routers.learn import LearnedRule, learn_rule
 from vsraq.routers.router import Router
 
-# What routers of one class and configuration were found to choose.
+# How routers of one class and configuration were found to choose.
 Learned: TypeAlias = dict[tuple[object, ...], LearnedRule]
 
 
@@ -20,7 +20,7 @@ def describe(
     experts: int,
     learned: Learned,
 ) -> Router:
-    """A router, by the name of its linear map inside the module around it."""
+    """Describe a router, by the name of its linear map inside the module around it."""
     parent = module.get_submodule(parent_name)
     # the child that holds the map: what the parent calls
     owner_name, _, linear = name.partition(".")
@@ -47,25 +47,25 @@ def describe(
     )
     if key not in learned:
         learned[key] = learn_rule(parent, owner_name, linear, num_experts, groups)
-    selection = learned[key]
-    if selection.rule is None and experts < num_experts:
-        # rows behind those of the experts may belong to shared ones
+    choice = learned[key]
+    if choice.rule is None and experts < num_experts:
+        # rows after those of the experts may belong to shared ones
         fewer = learn_rule(parent, owner_name, linear, experts, groups)
         if fewer.rule is not None:
-            selection, num_experts = fewer, experts
-    top_k = selection.top_k or first("top_k", "num_experts_per_tok")
+            choice, num_experts = fewer, experts
+    top_k = choice.top_k or first("top_k", "num_experts_per_tok")
     if top_k is None:
         raise ValueError(
             f"router {prefix + name!r} ({type(owner).__name__}): neither it nor its "
             f"parent {type(parent).__name__} has top_k or num_experts_per_tok; allowed "
             "is an int on one of them, so set it before the run"
         )
-    bias = selection.correction_bias
+    bias = choice.correction_bias
     return Router(
-        name=prefix + (name if selection.calls_linear else owner_name),
+        name=prefix + (name if choice.calls_linear else owner_name),
         top_k=top_k,
         num_experts=num_experts,
-        rule=selection.rule,
+        rule=choice.rule,
         correction_bias=None if bias is None else prefix + bias,
-        unverified=selection.unverified,
+        unverified=choice.unverified,
     )

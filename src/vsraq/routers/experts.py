@@ -14,7 +14,7 @@ from vsraq.routers.router import Router
 
 
 def expert_containers(module: nn.Module, routers: Iterable[Router]) -> tuple[str, ...]:
-    """The modules that hold the experts which routers choose from.
+    """Find the modules that hold the experts which routers choose from.
 
     Args:
         module: The module that the routers were found in.
@@ -23,8 +23,8 @@ def expert_containers(module: nn.Module, routers: Iterable[Router]) -> tuple[str
     Returns:
         Qualified names, in module order.
     """
-    own = experts_of_routers(module, routers).values()
-    names = {name for names in own for name in names}
+    by_router = experts_of_routers(module, routers).values()
+    names = {name for names in by_router for name in names}
     if len(names) < 2:
         return tuple(names)
     return tuple(name for name, _ in module.named_modules() if name in names)
@@ -33,7 +33,7 @@ def expert_containers(module: nn.Module, routers: Iterable[Router]) -> tuple[str
 def experts_of_routers(
     module: nn.Module, routers: Iterable[Router]
 ) -> dict[str, tuple[str, ...]]:
-    """The modules that hold the experts of each router, in one walk of the module.
+    """Find the modules that hold each router's experts, in one walk of the module.
 
     Args:
         module: The module that the routers were found in.
@@ -62,7 +62,7 @@ def experts_of_routers(
 
 
 def count_experts(module: nn.Module, router: Router) -> int:
-    """How many experts there are: not all that a router chooses may be one.
+    """Count the experts: a router may also choose things that are not experts.
 
     Args:
         module: The module that the router was found in.
@@ -78,7 +78,7 @@ def count_experts(module: nn.Module, router: Router) -> int:
 
 
 def experts_beside(parent: nn.Module) -> int | None:
-    """E, if direct children of `parent` hold experts."""
+    """Return E if direct children of `parent` hold experts, else None."""
     for child in parent.children():
         num_experts = _count_experts(child)
         if num_experts is not None:
@@ -89,14 +89,14 @@ def experts_beside(parent: nn.Module) -> int | None:
 
 
 def _stacked(module: nn.Module) -> list[int]:
-    """The first dimensions of the matrices that a module holds as a stack."""
+    """List the first dimensions of the stacks of matrices that a module holds."""
     if isinstance(module, _ConvNd):
         return []
     return [p.shape[0] for p in module.parameters(recurse=False) if p.ndim == 3]
 
 
 def _count_experts(module: nn.Module) -> int | None:
-    """The number of experts in a container of experts, None for anything else."""
+    """Count the experts in a container of experts; None for anything else."""
     fused = _stacked(module)
     if len(fused) >= 2:
         return max(fused)  # the identities of zero experts need no second matrix
@@ -110,7 +110,7 @@ def _count_experts(module: nn.Module) -> int | None:
 
 
 def children_below(parent: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All submodules of `parent` except experts and those beside other experts."""
+    """Yield all submodules of `parent` but experts and those beside other experts."""
     for name, child in parent.named_children():
         if _count_experts(child) is None and experts_beside(child) is None:
             yield name, child
@@ -119,6 +119,6 @@ def children_below(parent: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def rows_of(module: nn.Module) -> int:
-    """Rows of a module's weight, 0 if it has none."""
+    """Count the rows of a module's weight, 0 if it has none."""
     weight = getattr(module, "weight", None)
     return weight.shape[0] if isinstance(weight, Tensor) and weight.ndim == 2 else 0

@@ -3,7 +3,7 @@
 
 A router maps H hidden values to E logits and stands beside the experts that it chooses
 from. Since transformers 5.13 it is a small module with a `weight` (E, H); older code,
-remote code and some AutoRound loaders use `nn.Linear`. Names do not tell: `gate_proj`
+remote code and some AutoRound loaders use `nn.Linear`. Names do not help: `gate_proj`
 and `shared_expert_gate` are not routers.
 
 A new layout of routers needs one more function here, and its name in `_LAYOUTS`.
@@ -28,14 +28,14 @@ def find_routers(
 ) -> tuple[Router, ...]:
     """Find every MoE router of a model or of one of its blocks.
 
-    First what transformers declares (`_can_record_outputs["router_logits"]`), then
-    structure: beside an experts module with E experts, the one child whose weight is
-    (E, H). A pattern of your own replaces both.
+    It first reads what transformers declares (`_can_record_outputs["router_logits"]`),
+    then the structure: beside an experts module with E experts, the one child whose
+    weight is (E, H). A pattern of your own replaces both.
 
     Args:
         module: A model, a decoder block, or several blocks in one module; tensors may
             be on meta.
-        router_classes: Classes that are routers for sure. None reads them from
+        router_classes: Classes that are known to be routers. None reads them from
             `module`; a block does not know them, so pass
             `declared_router_classes(model)` there.
         router_pattern: A regular expression for the end of the qualified name of each
@@ -71,7 +71,7 @@ class _Place(NamedTuple):
 
     parent: str
     linear: str
-    rows: int  # E, as the experts say it
+    rows: int  # E, counted from the experts
 
     @property
     def name(self) -> str:
@@ -81,7 +81,7 @@ class _Place(NamedTuple):
 def _beside_experts(
     module: nn.Module, classes: tuple[type, ...], _found: list[str]
 ) -> Iterator[_Place]:
-    """Routers that stand beside experts of a known layout."""
+    """Find routers that stand beside experts of a known layout."""
     for parent_name, parent in module.named_modules():
         num_experts = experts_beside(parent)
         if num_experts is None:
@@ -94,7 +94,7 @@ def _beside_experts(
 def _declared(
     module: nn.Module, classes: tuple[type, ...], found: list[str]
 ) -> Iterator[_Place]:
-    """Routers that transformers declares, whose experts are of an unknown layout."""
+    """Find declared routers whose experts are of an unknown layout."""
     for name, candidate in module.named_modules():
         if not isinstance(candidate, classes):
             continue
@@ -109,8 +109,8 @@ def _declared(
                 "but holds no weight (num_experts, hidden) beside its experts; allowed "
                 "is that layout, or name the linear map with router_pattern"
             )
-        parent, _, own = name.rpartition(".")
-        linear = f"{own}.{maps[0]}" if maps[0] else own
+        parent, _, child = name.rpartition(".")
+        linear = f"{child}.{maps[0]}" if maps[0] else child
         yield _Place(parent, linear, rows_of(declared.get_submodule(maps[0])))
 
 
@@ -119,7 +119,7 @@ _LAYOUTS = (_beside_experts, _declared)
 
 
 def _matching(module: nn.Module, pattern: str) -> Iterator[_Place]:
-    """The routers whose names match a pattern."""
+    """Find the routers whose names match a pattern."""
     for name, candidate in module.named_modules():
         if not re.search(rf"(^|\.)({pattern})$", name):
             continue
@@ -135,18 +135,18 @@ def _matching(module: nn.Module, pattern: str) -> Iterator[_Place]:
 
 
 def _around(module: nn.Module, name: str) -> tuple[str, str]:
-    """The module that holds a router and its experts, and the router's name in it."""
+    """Return the module of a router and its experts, and the router's name in it."""
     parts = name.split(".")
     for depth in range(len(parts) - 1, -1, -1):
-        parent_name, own = ".".join(parts[:depth]), ".".join(parts[depth:])
+        parent_name, linear = ".".join(parts[:depth]), ".".join(parts[depth:])
         parent = module.get_submodule(parent_name)
-        if experts_beside(parent) and own in dict(children_below(parent)):
-            return parent_name, own
+        if experts_beside(parent) and linear in dict(children_below(parent)):
+            return parent_name, linear
     return ".".join(parts[:-1]), parts[-1]
 
 
 def declared_router_classes(model: nn.Module) -> tuple[type, ...]:
-    """The classes that a transformers model declares as recorders of router logits.
+    """List the classes that a transformers model declares to record router logits.
 
     Args:
         model: Any module; everything but `PreTrainedModel`s declares nothing.
@@ -173,7 +173,7 @@ def _router_beside(
     num_experts: int,
     classes: tuple[type, ...],
 ) -> str | None:
-    """The name of the router inside `parent`, whose child the experts are."""
+    """Return the name of the router inside `parent`, which also holds the experts."""
     below = list(children_below(parent))
     declared = [name for name, module in below if isinstance(module, classes)]
     candidates = [n for n, m in below if rows_of(m) == num_experts]

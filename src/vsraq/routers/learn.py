@@ -26,12 +26,12 @@ from vsraq.routers.rule import (
     SelectionRule,
 )
 
-_TOKENS = 512  # of a question to a router
+_TOKENS = 512  # in a question to a router
 
 
 @dataclass(frozen=True)
 class LearnedRule:
-    """What is known of a router's choice.
+    """The rule by which a router chooses, as far as it is known.
 
     Attributes:
         rule: The rule, or None if it is unknown.
@@ -39,7 +39,7 @@ class LearnedRule:
             the router, or None.
         top_k: How many experts it chose, or None if it was not seen choosing.
         unverified: Empty if the rule made every choice that the router made; otherwise
-            why that could not be seen.
+            why that could not be checked.
         calls_linear: Whether the router calls its linear map; some only use its weight.
     """
 
@@ -70,7 +70,7 @@ def learn_rule(
 
     Returns:
         The simplest rule that chose what the router did. A router that returns logits
-        only is taken to let the highest win, if it has neither a bias nor groups.
+        only is assumed to choose the highest, if it has neither a bias nor groups.
     """
     owner = parent.get_submodule(owner_name)
     biases = {
@@ -103,7 +103,7 @@ def learn_rule(
         if biases or outer or beside or groups[0] > 1:
             return LearnedRule(None, unverified=str(error))
         return LearnedRule(
-            HIGHEST_LOGITS, unverified=f"{error}; taken is that the highest win"
+            HIGHEST_LOGITS, unverified=f"{error}; the highest are assumed to win"
         )
     except _CannotAskError as error:
         return LearnedRule(None, unverified=str(error))
@@ -122,7 +122,7 @@ def learn_rule(
 
 
 # mean and standard deviation of the correction bias in each question: of the size of
-# sigmoids, of the size of softmaxes, and negative, which tells what experts score
+# sigmoids, of the size of softmaxes, and negative, which shows what experts score
 # whose group was not chosen
 _BIASES = ((0.0, 0.3), (0.0, 0.02), (-1.5, 0.3))
 
@@ -136,11 +136,11 @@ class _Answer:
 
 
 class _CannotAskError(Exception):
-    """A router's own code does not tell what it chooses; the message says why."""
+    """A router's own code does not show what it chooses; the message says why."""
 
 
 class _ReturnsLogitsError(_CannotAskError):
-    """Other code chooses."""
+    """The router returns logits, and other code chooses."""
 
 
 def _inside(module: str, name: str) -> str:
@@ -214,7 +214,7 @@ def _call(
     hidden: Tensor,
     arguments: Mapping[str, Tensor],
 ) -> tuple[Tensor | None, Any]:
-    """What the linear map was called with, if it was, and what the router returned."""
+    """Return the linear map's input, None if it was not called, and the output."""
     seen: list[Tensor] = []
 
     def record(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -235,7 +235,7 @@ def _call(
 
 
 def _indices(output: Any, num_experts: int) -> Tensor | None:
-    """The indices (T, K) among a router's outputs, if there are any."""
+    """Find the indices (T, K) among a router's outputs, if there are any."""
     outputs = output if isinstance(output, tuple | list) else (output,)
     for value in outputs:
         if (
@@ -257,7 +257,7 @@ def _indices(output: Any, num_experts: int) -> Tensor | None:
 def _rules(
     biased: bool, groups: tuple[int, int], scalars: list[float]
 ) -> Iterator[SelectionRule]:
-    """Every rule to try, the simplest first."""
+    """Yield every rule to try, the simplest first."""
     transforms: list[tuple[float, float | None]] = [(1.0, None)]
     transforms += [(s, None) for s in scalars]
     transforms += [(1.0, s) for s in scalars]
@@ -288,8 +288,8 @@ def _agrees(rule: SelectionRule, answer: _Answer) -> bool:
     top_k = answer.chosen.shape[-1]
     scores = rule.scores(answer.logits, answer.bias)
     best = scores.topk(min(top_k + 1, scores.shape[-1]), dim=-1)
-    own = best.indices[:, :top_k].sort(dim=-1).values
-    equal = (own == answer.chosen.sort(dim=-1).values).all(-1)
+    chosen = best.indices[:, :top_k].sort(dim=-1).values
+    equal = (chosen == answer.chosen.sort(dim=-1).values).all(-1)
     if best.values.shape[-1] > top_k:  # two scores may be equal up to rounding
         equal |= best.values[:, top_k - 1] - best.values[:, top_k] < 1e-6
     return bool(equal.all())

@@ -43,7 +43,7 @@ class Router:
     unverified: str = field(default="", compare=False)
 
     def bind(self, root: nn.Module) -> "BoundRouter":
-        """The router together with its tensors.
+        """Bind the router to its tensors.
 
         Args:
             root: The module that it was found in, or a copy of that.
@@ -58,7 +58,7 @@ class Router:
         return self.name.startswith(f"{block}.")
 
     def inside(self, block: str) -> "Router":
-        """The same router, named relative to the block that holds it."""
+        """Return the same router, named relative to the block that holds it."""
         bias = self.correction_bias
         return replace(
             self,
@@ -114,7 +114,7 @@ class BoundRouter:
         return bias.flatten()
 
     def logits(self, hidden_states: Tensor) -> Tensor:
-        """Raw logits, (T, E), float32; see `router_logits`.
+        """Compute raw logits, (T, E), float32; see `router_logits`.
 
         Args:
             hidden_states: The router's input, (..., H).
@@ -122,7 +122,7 @@ class BoundRouter:
         return router_logits(self.module, hidden_states, self.num_experts)
 
     def inputs(self, hidden_states: Tensor) -> Tensor:
-        """The router's input as (T, H), in its own dtype; differentiable.
+        """Return the router's input as (T, H), in its own dtype; differentiable.
 
         Args:
             hidden_states: The input, (..., H).
@@ -130,11 +130,11 @@ class BoundRouter:
         return hidden_states.reshape(-1, self.weight.shape[-1])
 
     def values(self, hidden_states: Tensor, compared: Compared) -> Tensor:
-        """Its logits, (T, E), or its inputs, (T, H).
+        """Return its logits, (T, E), or its inputs, (T, H).
 
         Args:
             hidden_states: The router's input, (..., H).
-            compared: Which.
+            compared: "logits" or "inputs".
 
         Raises:
             ValueError: `compared` is neither.
@@ -147,7 +147,7 @@ class BoundRouter:
         raise ValueError(f"compared={compared!r}: allowed are {allowed}")
 
     def scores(self, logits: Tensor) -> Tensor:
-        """The scores by which it chooses; see `SelectionRule`.
+        """Compute the scores by which it chooses; see `SelectionRule`.
 
         Args:
             logits: Raw logits, (..., E).
@@ -161,7 +161,7 @@ class BoundRouter:
         return self._rule.scores(logits, self.correction_bias)
 
     def select(self, logits: Tensor) -> Tensor:
-        """The experts that it chooses, best first.
+        """Return the experts that it chooses, best first.
 
         Args:
             logits: Raw logits, (..., E).
@@ -175,7 +175,7 @@ class BoundRouter:
         return self.scores(logits).topk(self.top_k, dim=-1).indices
 
     def ranking(self, logits: Tensor) -> Tensor:
-        """All experts in the order in which it would choose them.
+        """Return all experts in the order in which it would choose them.
 
         The first K are those that it chooses; the next is the first that it does not.
 
@@ -204,7 +204,7 @@ class BoundRouter:
 
 
 def linear_map(router: nn.Module) -> nn.Module:
-    """The module that holds a router's weight (E, H), and its bias, if it has one.
+    """Find the module that holds a router's weight (E, H), and its bias, if any.
 
     Args:
         router: The router module.
@@ -237,7 +237,7 @@ def router_logits(
     Args:
         router: The router module: `weight` (E, H), optionally `bias` (E,).
         hidden_states: Its input, (..., H).
-        num_experts: E, where the weight has rows of shared experts behind those that
+        num_experts: E, where the weight has rows of shared experts after those that
             the router chooses from; None takes all rows.
 
     Returns:
@@ -256,7 +256,7 @@ def router_logits(
 
 
 def routers_inside(routers: Iterable[Router], block: str) -> tuple[Router, ...]:
-    """The routers of one block, named relative to it.
+    """Return the routers of one block, named relative to it.
 
     Args:
         routers: Routers of a model.

@@ -26,7 +26,7 @@ _SCORE_FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class SelectionRule:
-    """From raw logits to the scores whose top K are chosen.
+    """A map from raw logits to the scores whose top K are chosen.
 
     z' = c tanh(s z / c) (z' = s z without a cap), p = f(z') + b; with groups, experts
     outside the best groups get `masked_score` instead (DeepSeek-V2, arXiv:2405.04434,
@@ -54,7 +54,7 @@ class SelectionRule:
     logit_softcap: float | None = None
 
     def scores(self, logits: Tensor, correction_bias: Tensor | None = None) -> Tensor:
-        """The scores by which the router chooses.
+        """Compute the scores by which the router chooses.
 
         Args:
             logits: Raw logits, (..., E).
@@ -70,7 +70,7 @@ class SelectionRule:
         return scores.masked_fill(refused, self.masked_score)
 
     def ranking(self, logits: Tensor, correction_bias: Tensor | None = None) -> Tensor:
-        """The experts in the order in which the router would choose them.
+        """Return the experts in the order in which the router would choose them.
 
         The first K are those that it chooses. Experts of groups that were not chosen
         come where `masked_score` puts them, in the order of their own scores.
@@ -93,7 +93,7 @@ class SelectionRule:
     def _scores(
         self, logits: Tensor, correction_bias: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """Scores before groups count, and which experts those refuse, (..., E) each."""
+        """Compute scores, and which experts the groups exclude, (..., E) each."""
         logits = logits.float() * self.logit_scale
         if self.logit_softcap is not None:
             logits = (logits / self.logit_softcap).tanh() * self.logit_softcap

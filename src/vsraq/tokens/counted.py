@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tokens count, and what a micro-batch counts in its step.
+"""Which tokens count, and the weight of a micro-batch in its step.
 
-AutoRound masks some tokens; of the valid ones only those count for the routers that are
-selected. With gradient accumulation a step has several micro-batches, and AutoRound
-adds them up by their valid tokens. A mean over other tokens, those that are selected or
-those of the samples that a term looks at, has to count by those, so that the step is
-the loss of the undivided batch (of SRA's Eq. 8, say).
+AutoRound masks some tokens. Of the valid ones, only selected tokens count for the
+routers. With gradient accumulation a step has several micro-batches, and AutoRound
+weighs them by their valid tokens. A mean over other tokens (the selected ones, or those
+of the samples that a term looks at) has to be weighed by these, so that the step has
+the loss of the undivided batch (SRA Eq. 8).
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from vsraq.tokens import TokenMask
 
 @dataclass(frozen=True)
 class CountedTokens:
-    """Which tokens of the calibration samples count.
+    """The tokens of the calibration samples that count.
 
     Attributes:
         valid_masks: AutoRound's masks of each sample; None or empty for all tokens.
@@ -31,15 +31,15 @@ class CountedTokens:
     selected: TokenMask | None
 
     def valid(self, samples: Sequence[int]) -> Tensor | None:
-        """Valid tokens of some samples, (T,); None for all."""
+        """Return the valid tokens of some samples, (T,); None for all."""
         if not self.valid_masks:
             return None
         return torch.cat([self.valid_masks[i].flatten() for i in samples])
 
     def counted(self, samples: Sequence[int]) -> Tensor | None:
-        """Tokens that count for the routers, (T,): valid ones that are selected.
+        """Return the tokens that count for the routers, (T,): valid and selected.
 
-        None is all of them: a mean over all tokens may round otherwise than one over
+        None is all of them: a mean over all tokens may round differently from one over
         a mask of ones.
         """
         valid = self.valid(samples)
@@ -51,7 +51,7 @@ class CountedTokens:
         return selected if valid is None else valid * selected.to(valid)
 
     def per_sample(self, tokens: Sequence[int]) -> "SampleTokens":
-        """How many count.
+        """Count the valid tokens and those that count for the routers.
 
         Args:
             tokens: All tokens of each sample.
@@ -67,7 +67,7 @@ class CountedTokens:
 
 @dataclass(frozen=True)
 class SampleTokens:
-    """Tokens of each calibration sample.
+    """Numbers of tokens of each calibration sample.
 
     Attributes:
         valid: How many AutoRound does not mask.
@@ -78,7 +78,7 @@ class SampleTokens:
     counted: Sequence[int]
 
     def share(self, samples: Sequence[int], looked_at: Sequence[int]) -> float:
-        """Counted tokens of the samples looked at, per valid token of all of them.
+        """Divide the counted tokens of the samples looked at by all valid tokens.
 
         Args:
             samples: Some samples.
@@ -95,7 +95,7 @@ class SampleTokens:
         *,
         over_processes: bool = False,
     ) -> float:
-        """What a micro-batch's mean over the tokens of a term counts in its step.
+        """Compute the weight of a micro-batch's mean over a term's tokens.
 
         (term's tokens here / term's in the step) * (valid in the step / valid here), 1
         where the micro-batch is the step. AutoRound averages processes by their valid
@@ -115,8 +115,8 @@ class SampleTokens:
         if several:
             counted = sum(self.counted[i] for i in looked_at)
             valid = sum(self.valid[i] for i in step)
-            own = torch.tensor([counted, valid], dtype=torch.float64)
-            total = sum_over_processes(own)
+            sums = torch.tensor([counted, valid], dtype=torch.float64)
+            total = sum_over_processes(sums)
             in_step = float(total[0] / total[1].clamp(min=1))
         if in_step == 0:
             return 0.0

@@ -28,16 +28,16 @@ _FORMAT = "vsraq token mask 1"
 
 @dataclass(frozen=True, eq=False)
 class TokenMask:
-    """Which tokens of each calibration sample are selected.
+    """The selected tokens of each calibration sample.
 
     Attributes:
         masks: One per sample, bool, (S,); samples may differ in length.
         hashes: SHA-256 of the token ids of each sample.
-        model: What the mask was made for.
+        model: The model that the mask was made for.
         scheme: The quantization scheme whose rounding was compared.
         tau: Tokens are selected whose Sampled-JSD is above it, nats.
         shift_threshold: And whose mean routing shift is above this one, a fraction;
-            None did not look at the routing.
+            None if the routing was not compared.
         sampling: How outputs were sampled.
         vsraq: Version that made it.
 
@@ -71,7 +71,7 @@ class TokenMask:
     def of(
         cls, masks: Sequence[Tensor], token_ids: Sequence[Tensor], **origin: Any
     ) -> Self:
-        """A mask bound to the tokens that it was computed from.
+        """Bind masks to the tokens that they were computed from.
 
         Args:
             masks: One per sample, bool, S elements each.
@@ -129,11 +129,11 @@ class TokenMask:
         return hashlib.sha256("".join(parts).encode()).hexdigest()
 
     def of_samples(self, samples: Sequence[int]) -> Tensor:
-        """The masks of some samples behind each other, bool, (T,)."""
+        """Join the masks of some samples, bool, (T,)."""
         return torch.cat([self.masks[i] for i in samples])
 
     def warning(self) -> str | None:
-        """What is unusual about the share of selected tokens, None if nothing is."""
+        """Return what is unusual about the share of selected tokens, or None."""
         if 0.01 <= self.share <= 0.99:
             return None
         if self.share < 0.01:
@@ -206,7 +206,7 @@ class TokenMask:
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: It is no token mask.
+            ValueError: It is not a token mask.
         """
         refused = (
             f"token mask {str(path)!r}: not a mask of this version; allowed is a file "
@@ -234,7 +234,7 @@ class TokenMask:
 
 
 def check_mask_file(path: str | Path) -> None:
-    """Check that a token mask is there, before a run that reads it later.
+    """Check that a token mask exists, before a run that reads it later.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -263,7 +263,7 @@ def check_thresholds(tau: float, shift_threshold: float | None) -> None:
 
 
 def hash_tokens(token_ids: Tensor) -> str:
-    """SHA-256 of token ids as little-endian 64-bit integers, in order.
+    """Compute the SHA-256 of token ids as little-endian 64-bit integers, in order.
 
     Args:
         token_ids: Any integer tensor.

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The part of a causal language model behind its last decoder block.
+"""The part of a causal language model after its last decoder block.
 
 Final norm, output projection, logit scale and soft-capping are placed differently in
 every family, so none of it is rebuilt here: the model's own forward runs, with every
-decoder block standing in for "these are the hidden states". Blocks may be on meta.
+decoder block replaced by one that returns the hidden states. Blocks may be on meta.
 
 Shapes: n tokens, H hidden width, V vocabulary.
 """
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vsraq.blocks import replaced_forward
 
-# hidden states behind the last block, (..., H) -> output logits, (..., V)
+# hidden states after the last block, (..., H) -> output logits, (..., V)
 OutputHead: TypeAlias = Callable[[Tensor], Tensor]
 
 
@@ -31,7 +31,7 @@ def output_head(
     autocast: torch.dtype | None = None,
     returns_tuple: bool = False,
 ) -> Iterator[OutputHead]:
-    """Open the part of a model behind its last decoder block.
+    """Open the part of a model after its last decoder block.
 
     Inside the `with` block the model computes nothing else. Every token goes through it
     as a sequence of its own, which is right because only decoder blocks mix tokens; it
@@ -93,7 +93,7 @@ def takes_embeddings(model: nn.Module) -> bool:
 
 
 class _Replay:
-    """Stands for the forward of every block: whatever goes in, these come out."""
+    """A replacement for the forward of every block: it returns given hidden states."""
 
     def __init__(self, returns_tuple: bool) -> None:
         self.hidden_states: Tensor | None = None

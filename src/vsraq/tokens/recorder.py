@@ -12,7 +12,7 @@ class TokenRecorder:
 
     AutoRound hands them on only with the first block, and with -100 at padding and at
     last positions. So they are read where the model reads them, at its input embedding.
-    What an earlier pass left is forgotten.
+    Entering the context forgets the ids of an earlier pass.
 
     Args:
         model: The model that calibration runs.
@@ -36,7 +36,7 @@ class TokenRecorder:
         self._token_ids += args[0].detach().cpu().split(1)
 
     def take(self) -> list[Tensor]:
-        """The ids of every sample, (1, S) each, in order.
+        """Return the ids of every sample, (1, S) each, in order.
 
         Raises:
             RuntimeError: No sample went through the embedding.

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the model's next tokens are sampled; decides what counts as its output.
+    """The parameters by which a model's next tokens are sampled.
 
     Attributes:
         temperature: What the logits are divided by, > 0.
-        top_k: Candidates at most; 0 or None takes the whole vocabulary.
+        top_k: How many candidates at most; 0 or None takes the whole vocabulary.
         top_p: Probability that the candidates hold, above 0 to 1; None takes all.
 
     Raises:
@@ -34,7 +34,7 @@ class Sampling:
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
-        """The sampling that a model's publisher recommends, where there is one.
+        """Return the sampling that a model's publisher recommends, if there is one.
 
         Args:
             model: A transformers model; one without `generation_config` gives the
@@ -47,7 +47,7 @@ class Sampling:
 
     @classmethod
     def of_config(cls, config: "GenerationConfig | None") -> Self:
-        """The same from the `generation_config` itself.
+        """Return the same from the `generation_config` itself.
 
         Each of the three values that it sets counts, if it also sets `do_sample`.
         Values that it leaves open keep the defaults of this class, not those that

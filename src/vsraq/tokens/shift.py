@@ -25,11 +25,11 @@ def output_shift(
     sampling: Sampling | None = None,
     chunk_tokens: int = 1024,
 ) -> list[Tensor]:
-    """Sampled-JSD of every token, from the hidden states behind the last block.
+    """Compute the Sampled-JSD of every token, from hidden states after the last block.
 
     Peak memory besides the arguments: the logits of one chunk on both paths, 2 *
     chunk_tokens * V values in the dtype of `head`, and what `head` itself takes. T * V
-    never exists. 1024 tokens and V = 200k in bfloat16 are 0.8 GB.
+    values never exist at once. 1024 tokens and V = 200k in bfloat16 are 0.8 GB.
 
     Args:
         q_hidden: Hidden states of the quantized path, one tensor per sample,
@@ -99,7 +99,7 @@ class MeanRoutingShift:
             self._layers += 1
 
     def compute(self) -> Tensor:
-        """(T,), a fraction.
+        """Return the mean of each token, (T,), a fraction.
 
         Raises:
             ValueError: No layer had a router.
