@@ -16,12 +16,12 @@ from vsraq.autoround import alignment_run
 from vsraq.autoround.aligned_block import AlignedBlock
 from vsraq.autoround.checks import check_smoothing
 from vsraq.objectives import get_objective
-from vsraq.ranks import rank_logits
+from vsraq.ranks import rank_logits, split_samples
 from vsraq.realignment import RidgeSums, error_weights
 from vsraq.realignment import logits as refit_logits
 from vsraq.realignment.error_weights import check_weighted_size
 from vsraq.realignment.logits import RefitLogits, in_half
-from vsraq.router_terms import RouterTerm, split_samples
+from vsraq.router_terms import RouterTerm
 from vsraq.routers import Router, experts, find, find_routers
 from vsraq.tokens.counted import SampleTokens
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from vsraq.capture import RouterCapture
 from vsraq.objectives import Objective
 from vsraq.options import Alignment, RankBy
-from vsraq.ranks import FpTarget
+from vsraq.ranks import FpTarget, split_samples
 from vsraq.realignment.logits import RefitLogits
-from vsraq.router_terms import BlockTensors, split_samples
+from vsraq.router_terms import BlockTensors
 from vsraq.routers import BoundRouter, Compared, Router
 
 

@@ -127,6 +127,39 @@ def is_finite(target: FpTarget) -> bool:
     return bool(torch.isfinite(values).all())
 
 
+def split_samples(
+    block: str, router: str, calls: Sequence[FpTarget], tokens: Sequence[int]
+) -> list[FpTarget]:
+    """Split the targets of router calls into one for each calibration sample.
+
+    Raises:
+        RuntimeError: The router saw other tokens than the block, or its values are not
+            finite.
+    """
+    seen = sum(len(call) for call in calls)
+    if seen != sum(tokens):
+        raise RuntimeError(
+            f"block {block}: router {router} saw {seen} tokens, the block "
+            f"{sum(tokens)}; allowed is every token exactly once"
+        )
+    if not all(is_finite(call) for call in calls):
+        raise RuntimeError(
+            f"block {block}: router {router} has non-finite full-precision values; "
+            "look for inf or NaN in the model's weights or the calibration inputs"
+        )
+    # one call at a time: all of them concatenated would be the same memory once more
+    samples: list[FpTarget] = []
+    rest: FpTarget | None = None  # of a sample that ends in a later call
+    for call in calls:
+        left = call if rest is None else concatenate([rest, call])
+        while len(samples) < len(tokens) and len(left) >= tokens[len(samples)]:
+            count = tokens[len(samples)]
+            samples.append(left[:count])
+            left = left[count:]
+        rest = left if len(left) else None
+    return samples
+
+
 def computed(logits: Tensor) -> Tensor:
     """Convert logits to the losses' precision: float64 stays, others are float32."""
     return logits if logits.dtype == torch.float64 else logits.float()

@@ -16,7 +16,7 @@ from vsraq.capture import RouterCapture
 from vsraq.losses import reduce_tokens
 from vsraq.objectives import Objective
 from vsraq.options import Weight
-from vsraq.ranks import FpTarget, concatenate, is_finite
+from vsraq.ranks import FpTarget, concatenate
 from vsraq.routers import Router
 
 OWN_ROUTER, NEXT_ROUTER = "router", "next router"
@@ -154,36 +154,3 @@ def own_term(
         return {name: torch.cat(calls) for name, calls in capture.take().items()}
 
     return RouterTerm(OWN_ROUTER, objective, weight, routers, fp_targets, q_compared)
-
-
-def split_samples(
-    block: str, router: str, calls: Sequence[FpTarget], tokens: Sequence[int]
-) -> list[FpTarget]:
-    """Split the targets of router calls into one for each calibration sample.
-
-    Raises:
-        RuntimeError: The router saw other tokens than the block, or its values are not
-            finite.
-    """
-    seen = sum(len(call) for call in calls)
-    if seen != sum(tokens):
-        raise RuntimeError(
-            f"block {block}: router {router} saw {seen} tokens, the block "
-            f"{sum(tokens)}; allowed is every token exactly once"
-        )
-    if not all(is_finite(call) for call in calls):
-        raise RuntimeError(
-            f"block {block}: router {router} has non-finite full-precision values; "
-            "look for inf or NaN in the model's weights or the calibration inputs"
-        )
-    # one call at a time: all of them concatenated would be the same memory once more
-    samples: list[FpTarget] = []
-    rest: FpTarget | None = None  # of a sample that ends in a later call
-    for call in calls:
-        left = call if rest is None else concatenate([rest, call])
-        while len(samples) < len(tokens) and len(left) >= tokens[len(samples)]:
-            count = tokens[len(samples)]
-            samples.append(left[:count])
-            left = left[count:]
-        rest = left if len(left) else None
-    return samples

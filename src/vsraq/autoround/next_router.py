@@ -27,11 +27,11 @@ from vsraq.capture import router_input
 from vsraq.full_precision import ranking_of
 from vsraq.look_ahead_device import look_ahead_device
 from vsraq.options import Alignment
+from vsraq.ranks import split_samples
 from vsraq.router_terms import (
     NEXT_ROUTER,
     BlockTensors,
     RouterTerm,
-    split_samples,
 )
 from vsraq.routers import Compared, Router, expert_containers, routers_inside
 

@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from vsraq.router_terms import split_samples
+from vsraq.ranks import split_samples
 
 REFIT_BYTES = 160_000_000
 """Size of the logits of one router: 625,000 tokens of 128 experts."""
