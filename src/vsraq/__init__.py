@@ -14,17 +14,21 @@ from wrapt import when_imported
 
 if TYPE_CHECKING:
     from vsraq.autoround.config import VSRAQConfig
+    from vsraq.autoround.plan_bits import plan_bits
     from vsraq.autoround.select_tokens import select_tokens
+    from vsraq.bits import BitPlan
     from vsraq.objectives import OBJECTIVES, Objective
     from vsraq.realignment import realign_routers
     from vsraq.routers import Router, find_routers
 
 _ROOMS = {
+    "BitPlan": "vsraq.bits",
     "OBJECTIVES": "vsraq.objectives",
     "Objective": "vsraq.objectives",
     "Router": "vsraq.routers",
     "VSRAQConfig": "vsraq.autoround",
     "find_routers": "vsraq.routers",
+    "plan_bits": "vsraq.autoround",
     "realign_routers": "vsraq.realignment",
     "select_tokens": "vsraq.autoround",
 }
@@ -32,11 +36,13 @@ _ROOMS = {
 __version__ = version("vsraq")
 __all__ = [
     "OBJECTIVES",
+    "BitPlan",
     "Objective",
     "Router",
     "VSRAQConfig",
     "__version__",
     "find_routers",
+    "plan_bits",
     "realign_routers",
     "select_tokens",
 ]

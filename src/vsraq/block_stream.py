@@ -15,9 +15,12 @@ Shapes: N samples, S tokens each, H hidden width.
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from vsraq.blocks import decoder_blocks, replaced_forward
@@ -41,6 +44,105 @@ def _stop_at_block(
     raise _BlockReachedError(args, kwargs)
 
 
+@dataclass(frozen=True)
+class BlockCall:
+    """The arguments that a model's own forward passes to a block, for some samples.
+
+    Attributes:
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def states(self) -> Tensor:
+        """The hidden states among them, (B, S, H)."""
+        states: Tensor = self.args[0] if self.args else next(iter(self.kwargs.values()))
+        return states
+
+    def on(self, device: torch.device | str) -> "BlockCall":
+        """Return the same on a device."""
+        args, kwargs = send_to_device((self.args, self.kwargs), device)
+        return BlockCall(args, kwargs)
+
+    def run(
+        self, block: nn.Module, states: Tensor | None = None
+    ) -> tuple[Tensor, bool]:
+        """Run a block.
+
+        Args:
+            block: The block, or a copy of it.
+            states: Hidden states instead of those of the call; None takes those.
+
+        Returns:
+            Its hidden states, (B, S, H), and whether it returns a tuple that starts
+            with them, as older code does.
+        """
+        call = self if states is None else self.with_states(states)
+        output = block(*call.args, **call.kwargs)
+        is_tuple = isinstance(output, tuple)
+        return (output[0] if is_tuple else output), is_tuple
+
+    def with_states(self, states: Tensor) -> "BlockCall":
+        """Return the same with other hidden states, moved to their device."""
+        states = states.to(self.states.device)
+        if self.args:
+            return BlockCall((states, *self.args[1:]), self.kwargs)
+        name = next(iter(self.kwargs))
+        return BlockCall(self.args, self.kwargs | {name: states})
+
+
+class BlockCalls:
+    """What a model's own forward passes to each of its blocks.
+
+    The blocks in front of the one that is asked for are not computed, and may be on
+    meta: only what the block gets besides hidden states is right.
+
+    Args:
+        model: A transformers causal language model.
+        blocks: Names of all of its decoder blocks, in order.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[str]) -> None:
+        self._model = model
+        self.blocks = tuple(blocks)
+        self._returns_tuple: dict[int, bool] = {}
+
+    def passed(self, position: int, returns_tuple: bool) -> None:
+        """Say what a block returns, before the next one is asked for."""
+        self._returns_tuple[position] = returns_tuple
+
+    def of(self, position: int, input_ids: Tensor) -> BlockCall:
+        """Return the arguments of a block, with the hidden states of the first one.
+
+        Args:
+            position: The block's index.
+            input_ids: Token ids, (B, S), without padding.
+
+        Raises:
+            RuntimeError: The model does not call the block.
+        """
+        block = self._model.get_submodule(self.blocks[position])
+        device = next(self._model.parameters()).device
+        with ExitStack() as stack:
+            for index, name in enumerate(self.blocks[:position]):
+                passed = self._model.get_submodule(name)
+                forward = _pass_as_tuple if self._returns_tuple[index] else _pass
+                stack.enter_context(replaced_forward(passed, forward))
+            handle = block.register_forward_pre_hook(_stop_at_block, with_kwargs=True)
+            stack.callback(handle.remove)
+            try:
+                self._model(input_ids=input_ids.to(device), use_cache=False)
+            except _BlockReachedError as reached:
+                return BlockCall(*reached.call)
+        raise RuntimeError(
+            f"{type(self._model).__name__} does not call {self.blocks[position]}, so "
+            "its blocks cannot be run alone"
+        )
+
+
 class BlockStream:
     """Every sample in front of one block of a model: N S H values, on the CPU.
 
@@ -54,13 +156,10 @@ class BlockStream:
         self, model: nn.Module, blocks: Sequence[str], samples: Sequence[Tensor]
     ) -> None:
         self._model = model
-        self._blocks = tuple(blocks)
+        self._calls = BlockCalls(model, blocks)
         self._samples = samples
         self._position = 0
         self._states: list[Tensor] | None = None  # None in front of the first block
-        self._returns_tuple: list[
-            bool
-        ] = []  # for each block that the samples have passed
 
     def router_input(self, router: str, sample: int) -> Tensor:
         """Run the block that the samples are in front of up to a router inside it.
@@ -75,60 +174,30 @@ class BlockStream:
         Raises:
             RuntimeError: The block did not call the router.
         """
-        block, args, kwargs = self._call(sample)
         module = self._model.get_submodule(router)
-        return router_input(module, lambda: block(*args, **kwargs))
+        return router_input(module, partial(self._run, sample))
 
     def __len__(self) -> int:
         return len(self._samples)
 
     def advance_to(self, router: str) -> None:
         """Run all samples through the blocks before the one with that router."""
-        names = enumerate(self._blocks)
+        names = enumerate(self._calls.blocks)
         position = next(i for i, name in names if router.startswith(f"{name}."))
         while self._position < position:
             states = []
             for sample in range(len(self._samples)):
-                block, args, kwargs = self._call(sample)
-                output = block(*args, **kwargs)
-                is_tuple = isinstance(output, tuple)
-                states.append((output[0] if is_tuple else output).cpu())
+                output, is_tuple = self._run(sample)
+                states.append(output.cpu())
             self._states = states
-            self._returns_tuple.append(is_tuple)
+            self._calls.passed(self._position, is_tuple)
             self._position += 1
 
-    def _call(self, sample: int) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-        """Return the block that a sample is in front of, and its arguments."""
-        block = self._model.get_submodule(self._blocks[self._position])
-        args, kwargs = self._arguments(block, self._samples[sample])
-        if self._states is None:
-            return block, args, kwargs
-        state = self._states[sample]
-        if args:
-            return block, (state.to(args[0].device), *args[1:]), kwargs
-        name = next(iter(kwargs))
-        return block, args, kwargs | {name: state.to(kwargs[name].device)}
-
-    def _arguments(
-        self, block: nn.Module, input_ids: Tensor
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments of a block, with the hidden states of the first one."""
-        device = next(self._model.parameters()).device
-        with ExitStack() as stack:
-            for name, is_tuple in zip(self._blocks, self._returns_tuple, strict=False):
-                passed = self._model.get_submodule(name)
-                forward = _pass_as_tuple if is_tuple else _pass
-                stack.enter_context(replaced_forward(passed, forward))
-            handle = block.register_forward_pre_hook(_stop_at_block, with_kwargs=True)
-            stack.callback(handle.remove)
-            try:
-                self._model(input_ids=input_ids.to(device), use_cache=False)
-            except _BlockReachedError as reached:
-                return reached.call
-        raise RuntimeError(
-            f"{type(self._model).__name__} does not call "
-            f"{self._blocks[self._position]}, so its blocks cannot be run alone"
-        )
+    def _run(self, sample: int) -> tuple[Tensor, bool]:
+        """Run the block that a sample is in front of."""
+        block = self._model.get_submodule(self._calls.blocks[self._position])
+        call = self._calls.of(self._position, self._samples[sample])
+        return call.run(block, None if self._states is None else self._states[sample])
 
 
 def _pass(*args: Any, **kwargs: Any) -> Any:

@@ -4,6 +4,7 @@
 from auto_round.algorithms.registry import register_algorithm
 
 from vsraq.autoround.config import VSRAQConfig
+from vsraq.autoround.plan_bits import plan_bits
 from vsraq.autoround.quantizer import VSRAQQuantizer
 from vsraq.autoround.select_tokens import select_tokens
 
@@ -13,4 +14,4 @@ register_algorithm(
     summary="SignRound with router alignment for mixture-of-experts models.",
 )
 
-__all__ = ["VSRAQConfig", "VSRAQQuantizer", "select_tokens"]
+__all__ = ["VSRAQConfig", "VSRAQQuantizer", "plan_bits", "select_tokens"]

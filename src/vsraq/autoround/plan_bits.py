@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vsraq.plan_bits`: which layers get more bits, and which fewer, before a run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from torch import Tensor, nn
+
+from vsraq.autoround.planning import (
+    Candidates,
+    Planned,
+    Sizes,
+    find_candidates,
+    make_plan,
+    scheme_fields,
+    unit_bytes,
+    why_refused,
+)
+from vsraq.autoround.planning_tokens import token_batches
+from vsraq.autoround.prepared_model import PreparedModel
+from vsraq.autoround.unit_damage import Damage
+from vsraq.bits.engines import Engine, get_engine
+from vsraq.bits.exceptions import exceptions
+from vsraq.bits.plan import BitPlan, Cost, PlannedUnit, config_digest
+from vsraq.bits.sizes import plain_bytes
+from vsraq.bits.units import Unit, find_units
+
+_METRICS = ("kl", "routing")
+
+
+def plan_bits(
+    model: Any,
+    dataset: Any = "NeelNanda/pile-10k",
+    scheme: str = "W4A16",
+    *,
+    options: Sequence[str] | None = None,
+    budget: str | int = "0%",
+    active_budget: str | None = None,
+    metric: str | Mapping[str, float] = "kl",
+    engine: str | None = None,
+    export_format: str = "auto_round",
+    lm_head: bool = False,
+    tokens: int = 4096,
+    seqlen: int = 2048,
+    seed: int = 42,
+    progress: bool = False,
+    **kwargs: Any,
+) -> BitPlan:
+    """Choose the schemes of a model's layers: the least damage within a budget.
+
+        plan = vsraq.plan_bits(model, dataset, "W4A16", budget="3%", engine="vllm")
+        print(plan)
+        AutoRound(model, scheme="W4A16", layer_config=plan.layer_config)
+
+    Layers that must share a scheme are one unit. Each unit is rounded alone with each
+    scheme that it may have, and carried to the end of the model: KL of the output,
+    Jaccard of every router. Then the choice is an integer programme.
+
+    Args:
+        model: What `auto_round.AutoRound` takes: a model, an id or a path. Its values
+            stay; AutoRound prepares a model in memory for quantization.
+        dataset: What AutoRound calibrates on, or a list of token ids, (S,) or (B, S).
+        scheme: AutoRound's name of the scheme that the bytes are compared with.
+        options: Names of the other schemes to choose from; None takes those that
+            `default_options` names.
+        budget: Bytes beyond the uniform export's: "3%" of it, or a number of bytes.
+            "0%" raises some layers and lowers others.
+        active_budget: The same for the bytes that one token reads; None for any.
+        metric: "kl", "routing", or weights of both, such as {"kl": 1, "routing": 1}.
+        engine: What has to load the export: "vllm", "sglang", "transformers", or None.
+        export_format: AutoRound's name of the export format.
+        lm_head: Whether the output projection is a unit too.
+        tokens: How many tokens are measured with.
+        seqlen: Tokens of a sample, where `dataset` is a name.
+        seed: Draws the samples, where `dataset` is a name.
+        progress: Whether progress bars are shown.
+        **kwargs: Other arguments of `AutoRound` (`tokenizer`, `device_map`,
+            `layer_config`, `ignore_layers`, ...), the same as those of the run.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: An option is not allowed, or no choice is within the budget.
+        NotImplementedError: The model's decoder cannot be run block by block.
+    """
+    weights = _metric(metric)
+    rules = get_engine(engine)
+    scheme = scheme.upper()
+    prepared = PreparedModel.of(model, scheme, export_format, kwargs)
+    layers = prepared.layers | (prepared.head_layer() if lm_head else {})
+    if options is None:
+        options = default_options(scheme, rules, export_format)
+    units = find_units(prepared.module, list(layers), prepared.model.routers, rules)
+    candidates = find_candidates(
+        units, layers, scheme, [o.upper() for o in options], rules, export_format
+    )
+    bytes_of = {
+        (unit.name, name): unit_bytes(prepared.module, schemes, export_format)
+        for unit in units
+        for name, schemes in candidates.schemes[unit.name].items()
+    }
+    plain = plain_bytes(prepared.module, [n for u in units for n in u.layers])
+    totals = _Totals(units, bytes_of, plain, _embedding_bytes(prepared.module))
+    sizes = Sizes(
+        bytes_of,
+        _allowed("budget", budget, totals.bytes(candidates.base)) - totals.plain,
+        None
+        if active_budget is None
+        else _allowed("active_budget", active_budget, totals.active(candidates.base))
+        - totals.plain_active,
+    )
+    batches = token_batches(dataset, prepared.tokenizer, tokens, seqlen, seed)
+    planned = make_plan(
+        prepared.model, units, candidates, batches, sizes, weights, progress=progress
+    )
+    chosen_fields = dict(prepared.all_layers)
+    for unit in units:
+        chosen_fields |= candidates.schemes[unit.name][planned.chosen[unit.name]]
+    return BitPlan(
+        model=prepared.name,
+        config_digest=config_digest(prepared.module.config),
+        scheme=scheme,
+        export_format=export_format,
+        engine=engine,
+        budget=str(budget),
+        active_budget=active_budget,
+        metric=metric if isinstance(metric, str) else str(dict(metric)),
+        tokens=sum(ids.numel() for ids in batches),
+        units=_planned_units(units, candidates, planned, bytes_of),
+        layer_config=exceptions(units, chosen_fields, prepared.default, rules),
+        uniform=totals.cost(candidates.base, planned.uniform),
+        planned=totals.cost(planned.chosen, planned.together),
+        exponent=planned.exponent,
+        versions={p: version(p) for p in ("vsraq", "auto-round", "transformers")},
+    )
+
+
+def default_options(scheme: str, engine: Engine, export_format: str) -> list[str]:
+    """Name the schemes that a plan chooses from if nobody says which.
+
+    For integers: those of 2 to 8 bits with the same groups. For others: 16 bits, and
+    for MXFP4 also MXFP8. Those that the engine does not load, or the format does not
+    hold, are left out.
+    """
+    default = scheme_fields(scheme)
+    if default["data_type"] == "int":
+        names = [f"W{bits}A16" for bits in (2, 3, 4, 5, 6, 8)]
+    elif "mx_fp" in str(default["data_type"]):
+        names = ["MXFP8", "BF16"]
+    else:
+        names = ["BF16"]
+    return [
+        name
+        for name in names
+        if name != scheme
+        and not why_refused(scheme_fields(name), default, engine, export_format)
+    ]
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """Bytes of whole exports."""
+
+    units: Sequence[Unit]
+    bytes_of: Mapping[tuple[str, str], int]
+    plain: int
+    embedding: int
+
+    @property
+    def plain_active(self) -> int:
+        """What a token reads of the tensors that no unit has: all but embeddings."""
+        return self.plain - self.embedding
+
+    def bytes(self, choice: Mapping[str, str]) -> int:
+        """Bytes of all tensors."""
+        return self.plain + sum(
+            self.bytes_of[u.name, choice[u.name]] for u in self.units
+        )
+
+    def active(self, choice: Mapping[str, str]) -> float:
+        """Bytes that one token reads."""
+        return self.plain_active + sum(
+            self.bytes_of[u.name, choice[u.name]] * u.read for u in self.units
+        )
+
+    def cost(self, choice: Mapping[str, str], damage: Damage) -> Cost:
+        """The cost of a choice."""
+        sizes = self.bytes(choice), self.active(choice)
+        return Cost(*sizes, damage.kl, damage.routing)
+
+
+def _planned_units(
+    units: Sequence[Unit],
+    candidates: Candidates,
+    planned: Planned,
+    bytes_of: Mapping[tuple[str, str], int],
+) -> tuple[PlannedUnit, ...]:
+    found = []
+    for unit in units:
+        costs = {}
+        for scheme in candidates.schemes[unit.name]:
+            damage = planned.damages[unit.name, scheme]
+            size = bytes_of[unit.name, scheme]
+            costs[scheme] = Cost(size, size * unit.read, damage.kl, damage.routing)
+        chosen = planned.chosen[unit.name]
+        found.append(PlannedUnit(unit.name, unit.layers, chosen, costs))
+    return tuple(found)
+
+
+def _metric(metric: str | Mapping[str, float]) -> dict[str, float]:
+    weights = {metric: 1.0} if isinstance(metric, str) else dict(metric)
+    wrong = [n for n, w in weights.items() if n not in _METRICS or not w >= 0]
+    if wrong or not any(weights.values()):
+        raise ValueError(
+            f"metric={metric!r}: allowed are {', '.join(_METRICS)}, or a mapping of "
+            "these to weights >= 0, not all of them 0"
+        )
+    return weights
+
+
+def _allowed(name: str, budget: str | int, uniform: float) -> float:
+    """Return the bytes that a budget allows."""
+    if isinstance(budget, int) and not isinstance(budget, bool):
+        return uniform + budget
+    text = str(budget).strip()
+    try:
+        if not text.endswith("%"):
+            raise ValueError
+        return uniform * (1 + float(text[:-1]) / 100)
+    except ValueError:
+        raise ValueError(
+            f"{name}={budget!r}: allowed is a share of the uniform export, such as "
+            '"3%" or "-1%", or a number of bytes'
+        ) from None
+
+
+def _embedding_bytes(model: nn.Module) -> int:
+    """Bytes of the input embedding, of which a token reads one row."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    if getattr(model.config, "tie_word_embeddings", False):
+        return 0  # the output projection reads all of it
+    weight: Tensor = embedding.weight
+    return weight.numel() * weight.element_size()

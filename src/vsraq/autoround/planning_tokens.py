@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tokens that a plan is measured with."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from auto_round.calib_dataset import get_dataloader
+from torch import Tensor
+
+_BATCH_TOKENS = 4096
+
+
+def token_batches(
+    dataset: Any, tokenizer: Any, tokens: int, seqlen: int, seed: int
+) -> list[Tensor]:
+    """Return token ids to measure with: batches of samples of one length.
+
+    Args:
+        dataset: AutoRound's name of a data set or a file, or samples: token ids (S,)
+            or (B, S), mappings with `input_ids`, or texts.
+        tokenizer: The model's.
+        tokens: How many tokens at most; one sample at least.
+        seqlen: Tokens of a sample, where `dataset` is a name.
+        seed: Draws the samples, where `dataset` is a name.
+
+    Raises:
+        ValueError: There is no sample.
+    """
+    if tokens < 1 or seqlen < 2:
+        raise ValueError(
+            f"tokens={tokens}, seqlen={seqlen}: allowed are tokens >= 1, seqlen >= 2"
+        )
+    if isinstance(dataset, str):
+        count = -(-tokens // seqlen)
+        dataset = get_dataloader(tokenizer, seqlen, dataset, seed, 1, count)
+    by_length: dict[int, list[Tensor]] = {}
+    left = tokens
+    for sample in _rows(dataset, tokenizer):
+        if left <= 0:
+            break
+        left -= sample.numel()
+        by_length.setdefault(sample.shape[1], []).append(sample)
+    if not by_length:
+        raise ValueError("dataset: it has no sample; allowed is one or more")
+    return [
+        torch.cat(rows[start : start + step])
+        for length, rows in by_length.items()
+        for step in [max(1, _BATCH_TOKENS // length)]
+        for start in range(0, len(rows), step)
+    ]
+
+
+def _rows(dataset: Iterable[Any], tokenizer: Any) -> Iterable[Tensor]:
+    """Yield samples as (1, S)."""
+    for sample in dataset:
+        if sample is None:  # AutoRound's loader drops samples that repeat a token
+            continue
+        if isinstance(sample, str):
+            sample = tokenizer(sample, return_tensors="pt")
+        ids = sample if isinstance(sample, Tensor) else sample["input_ids"]
+        yield from (
+            torch.as_tensor(ids).view(-1, torch.as_tensor(ids).shape[-1]).split(1)
+        )

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model as AutoRound prepares it for a run, and what it would do with its layers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from auto_round import AutoRound
+from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.utils.model import get_lm_head_name
+from torch import nn
+
+from vsraq.autoround.planning import own_fields, scheme_fields
+from vsraq.autoround.unit_damage import MeasuredModel, SchemeFields
+from vsraq.blocks import decoder_blocks
+from vsraq.routers import find_routers
+
+
+@dataclass(frozen=True)
+class PreparedModel:
+    """A model that AutoRound has prepared, and what it would do with its layers.
+
+    Attributes:
+        name: Where it is from, or its class.
+        model: The model, for measurements.
+        tokenizer: Its tokenizer.
+        all_layers: The scheme of each linear layer, by AutoRound's names.
+        default: The fields of the run's scheme.
+    """
+
+    name: str
+    model: MeasuredModel
+    tokenizer: Any
+    all_layers: Mapping[str, SchemeFields]
+    default: SchemeFields
+
+    @classmethod
+    def of(
+        cls, model: Any, scheme: str, export_format: str, kwargs: Mapping[str, Any]
+    ) -> "PreparedModel":
+        """Let AutoRound prepare a model as for a run.
+
+        Raises:
+            ValueError: It has no MoE router.
+            NotImplementedError: Its routers are not in one list of blocks.
+        """
+        run = AutoRound(
+            model, scheme=scheme, alg_configs=SignRoundConfig(), **dict(kwargs)
+        )
+        run.formats = export_format
+        run.post_init()
+        module = run.model_context.model
+        routers = find_routers(module)
+        if not routers:
+            raise ValueError(
+                f"model={type(module).__name__}: it has no MoE router; allowed are "
+                "mixture-of-experts models"
+            )
+        blocks = decoder_blocks(module, routers)
+        if not blocks:
+            raise NotImplementedError(
+                f"model={type(module).__name__}: its routers are not in one list of "
+                "blocks; allowed are models with one decoder"
+            )
+        name = getattr(module.config, "_name_or_path", "") or type(module).__name__
+        return cls(
+            name,
+            MeasuredModel(
+                module, blocks, routers, run._offloader, torch.device(run.device)
+            ),
+            run.model_context.tokenizer,
+            {n: own_fields(fields) for n, fields in run.layer_config.items()},
+            own_fields(dict(run.scheme_context.items())),
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        """The model itself."""
+        return self.model.module
+
+    @property
+    def layers(self) -> dict[str, SchemeFields]:
+        """The schemes of the decoder's quantized layers, in module order."""
+        inside = tuple(f"{block}." for block in self.model.blocks)
+        return {
+            name: self.all_layers[name]
+            for name, _ in self.module.named_modules()
+            if name.startswith(inside)
+            and self.all_layers.get(name, {}).get("bits", 16) < 16
+        }
+
+    def head_layer(self) -> dict[str, SchemeFields]:
+        """The output projection, in full precision.
+
+        Raises:
+            ValueError: It shares its weight with the embedding.
+        """
+        name = get_lm_head_name(self.module)
+        if name is None or getattr(self.module.config, "tie_word_embeddings", False):
+            raise ValueError(
+                f"lm_head=True: the output projection of {type(self.module).__name__} "
+                "shares its weight with the embedding, which AutoRound does not "
+                "quantize; allowed is False"
+            )
+        return {name: scheme_fields("BF16")}

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The choice of one scheme per unit: the least damage within a budget of bytes."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy
+from scipy.optimize import Bounds, LinearConstraint, milp
+
+
+class Offer(NamedTuple):
+    """One scheme for one unit.
+
+    Attributes:
+        size: What it takes of the budget, in the budget's unit.
+        active: What one token reads of that.
+        damage: What it costs, in any unit; damages add.
+    """
+
+    size: float
+    active: float
+    damage: float
+
+
+def choose(
+    units: Sequence[Mapping[str, Offer]],
+    limit: float,
+    active_limit: float | None = None,
+) -> list[str]:
+    """Choose the schemes with the least sum of damages, exactly.
+
+    With x_uc in {0, 1}: minimize sum x_uc d_uc, so that every unit u has one scheme c,
+    and sum x_uc size_uc <= limit; a mixed-integer programme, solved by HiGHS.
+
+    Args:
+        units: For each unit, its offers by the scheme's name.
+        limit: The most that all sizes may add up to.
+        active_limit: The same for what a token reads; None for any.
+
+    Returns:
+        The name of each unit's scheme.
+
+    Raises:
+        ValueError: No choice is within the limits.
+    """
+    smallest = sum(min(offer.size for offer in unit.values()) for unit in units)
+    if smallest > limit:
+        raise ValueError(
+            f"budget: {limit:,.0f} is less than the smallest schemes take, "
+            f"{smallest:,.0f}; allowed is that or more, or add a smaller scheme to "
+            "options"
+        )
+    offers = [offer for unit in units for offer in unit.values()]
+    sizes = [[offer.size for offer in offers]]
+    limits = [limit]
+    if active_limit is not None:
+        sizes.append([offer.active for offer in offers])
+        limits.append(active_limit)
+    chosen = _solve(_one_each(units), numpy.array(sizes), numpy.array(limits), offers)
+    taken = iter(chosen)
+    return [next(n for n, x in [(n, next(taken)) for n in u] if x) for u in units]
+
+
+def _one_each(units: Sequence[Mapping[str, Offer]]) -> numpy.ndarray:
+    """Return the matrix of which offer belongs to which unit, (units, offers)."""
+    counts = [len(unit) for unit in units]
+    return numpy.repeat(numpy.eye(len(units)), counts, axis=1)
+
+
+def _solve(
+    one_each: numpy.ndarray,
+    sizes: numpy.ndarray,
+    limits: numpy.ndarray,
+    offers: Sequence[Offer],
+) -> numpy.ndarray:
+    """Return which offers are taken.
+
+    HiGHS works with numbers around 1, and may exceed a limit by a millionth. Then the
+    limit is lowered by what was too much.
+    """
+    damages = numpy.array([offer.damage for offer in offers])
+    damages = damages / (numpy.abs(damages).max() or 1.0)
+    scales = sizes.max(axis=1)
+    allowed = limits.astype(float)
+    while True:
+        rows = sizes / scales[:, None]
+        result = milp(
+            damages,
+            integrality=numpy.ones(len(offers)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(one_each, 1, 1),
+                LinearConstraint(rows, -numpy.inf, allowed / scales),
+            ],
+            options={"mip_rel_gap": 0.0},
+        )
+        if not result.success:
+            raise ValueError(
+                f"budget={limits[0]:,.0f}, active_budget={limits[1:]}: no choice of "
+                f"schemes is within them ({result.message}); allow more bytes, or add "
+                "a smaller scheme to options"
+            )
+        taken: numpy.ndarray = result.x > 0.5
+        excess = sizes @ taken - limits
+        if (excess <= 0).all():
+            return taken
+        allowed = allowed - excess.clip(min=0)

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A bit plan: which scheme each unit of a model gets, and what that costs."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from vsraq.whole_file import write_whole
+
+_FORMAT = "vsraq bit plan 1"
+# of a config; they differ between copies of one model
+_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "vsraq")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a choice of schemes takes and does.
+
+    Attributes:
+        bytes: Of the export: of the unit's layers, or of all tensors.
+        active_bytes: What one token reads of these.
+        kl: KL(full precision || rounded) of the output, nats.
+        routing: 1 - Jaccard of the selected experts, mean over the routers.
+    """
+
+    bytes: int
+    active_bytes: float
+    kl: float
+    routing: float
+
+
+@dataclass(frozen=True)
+class PlannedUnit:
+    """One unit of a plan.
+
+    Attributes:
+        name: The unit.
+        layers: Its layers.
+        chosen: The name of its scheme.
+        candidates: What each scheme that it could have costs, when only this unit is
+            rounded.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    chosen: str
+    candidates: Mapping[str, Cost]
+
+
+@dataclass(frozen=True)
+class BitPlan:
+    """Schemes for the units of one model.
+
+    Attributes:
+        model: What it was made for: a path, a name or a class.
+        config_digest: Of the model's config; see `config_digest`.
+        scheme: AutoRound's name of the scheme that the other layers have.
+        export_format: AutoRound's name of the export format.
+        engine: The engine whose rules it obeys, or None.
+        budget: What it could spend, as it was asked for.
+        active_budget: The same for what one token reads, or None.
+        metric: What it makes small.
+        tokens: Tokens that it was measured with.
+        units: The units, in module order.
+        layer_config: What `AutoRound(layer_config=...)` takes.
+        uniform: The cost with the scheme in every unit, measured.
+        planned: The cost of the plan, all units rounded together, measured.
+        exponent: p, with which damages add: D = (sum of d^p)^(1/p).
+        versions: Packages that made it.
+    """
+
+    model: str
+    config_digest: str
+    scheme: str
+    export_format: str
+    engine: str | None
+    budget: str
+    active_budget: str | None
+    metric: str
+    tokens: int
+    units: tuple[PlannedUnit, ...]
+    layer_config: Mapping[str, Mapping[str, Any]]
+    uniform: Cost
+    planned: Cost
+    exponent: float
+    versions: Mapping[str, str]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the export's tensors."""
+        return self.planned.bytes
+
+    @property
+    def sum_kl(self) -> float:
+        """Sum of the units' own KLs, nats: the plan's, if damages just added."""
+        return sum(unit.candidates[unit.chosen].kl for unit in self.units)
+
+    @property
+    def predicted_kl(self) -> float:
+        """The KL that the units' own KLs predict, nats: (sum of d^p)^(1/p)."""
+        kls = [unit.candidates[unit.chosen].kl for unit in self.units]
+        return combined(kls, self.exponent)
+
+    def check(self, config: Any, scheme: str) -> None:
+        """Refuse a model or a scheme that the plan was not made for.
+
+        Args:
+            config: The model's transformers config.
+            scheme: AutoRound's name of the run's scheme.
+
+        Raises:
+            ValueError: One of them differs.
+        """
+        if scheme.upper() != self.scheme:
+            raise ValueError(
+                f"scheme={scheme!r}: the bit plan was made for {self.scheme}; allowed "
+                "is that, or make a new plan"
+            )
+        if config_digest(config) != self.config_digest:
+            raise ValueError(
+                f"bit plan: it was made for {self.model}, and this model's config "
+                "differs from that one's; make a plan for this model"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON, completely or not at all.
+
+        Args:
+            path: The file; its folder must exist.
+        """
+        content = {"format": _FORMAT} | asdict(self)
+        write_whole(Path(path), json.dumps(content, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` has written.
+
+        Args:
+            path: The file.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is no bit plan.
+        """
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            content = json.loads(text)
+            if content.pop("format") != _FORMAT:
+                raise ValueError("another format")
+            content["units"] = tuple(_unit(unit) for unit in content["units"])
+            for name in ("uniform", "planned"):
+                content[name] = Cost(**content[name])
+            return cls(**content)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"path={str(path)!r}: no bit plan ({error}); allowed is a file that "
+                "BitPlan.save or `vsraq plan --out` has written"
+            ) from error
+
+    def __str__(self) -> str:
+        """Format the plan as a table and a summary."""
+        from vsraq.bits.table import format_plan
+
+        return format_plan(self)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the damage per MiB of the units, and KL over the budget.
+
+        Args:
+            path: The figure, .png or .svg.
+        """
+        from vsraq.bits.figure import plot_plan
+
+        plot_plan(self, Path(path))
+
+
+def _unit(content: Mapping[str, Any]) -> PlannedUnit:
+    candidates = {n: Cost(**cost) for n, cost in content["candidates"].items()}
+    values = dict(content) | {"candidates": candidates}
+    return PlannedUnit(**values | {"layers": tuple(content["layers"])})
+
+
+def combined(damages: list[float], exponent: float) -> float:
+    """Combine damages: (sum of d^p)^(1/p).
+
+    A router changes its choice where the noise exceeds a margin, so damage grows with
+    the noise's amplitude (p = 2), while the damage along a fixed path grows with its
+    square (p = 1): independent errors add in their squares.
+
+    Args:
+        damages: Each at least 0.
+        exponent: p.
+    """
+    return float(sum(max(d, 0.0) ** exponent for d in damages) ** (1 / exponent))
+
+
+def fitted_exponent(damages: list[float], together: float) -> float:
+    """Find p for which damages combine to what was measured of all together.
+
+    Args:
+        damages: Each measured alone.
+        together: Measured with all of them.
+
+    Returns:
+        p, from 1 to 4.
+    """
+    low, high = 1.0, 4.0
+    if combined(damages, low) <= together:
+        return low
+    for _ in range(50):
+        middle = (low + high) / 2
+        if combined(damages, middle) > together:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def config_digest(config: Any) -> str:
+    """Return a digest of what a model's config says of its structure.
+
+    Args:
+        config: A transformers config.
+    """
+    content = {k: v for k, v in config.to_dict().items() if k not in _VOLATILE}
+    text = json.dumps(content, sort_keys=True, default=str)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

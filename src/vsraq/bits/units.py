@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Units: the layers that must share one scheme.
+
+Engines load q, k and v as one layer, gate and up as one, and all routed experts of a
+layer as one. Every other layer is a unit of its own.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from vsraq.bits.engines import FUSED, Engine
+from vsraq.routers import Router, count_experts, experts_of_routers
+
+_FUSED_NAME = {part: name for name, parts in FUSED.items() for part in parts}
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Layers that share one scheme.
+
+    Attributes:
+        name: The name that engines have for it: that of the fused layer, of the
+            module that holds the experts, or of the one layer.
+        layers: Qualified names of its linear layers, in module order.
+        read: The share of its weights that one token reads: K of E for routed experts.
+        is_experts: Whether it has the routed experts of a layer.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    read: float = 1.0
+    is_experts: bool = False
+
+
+def find_units(
+    model: nn.Module,
+    layers: Sequence[str],
+    routers: Iterable[Router],
+    engine: Engine,
+) -> tuple[Unit, ...]:
+    """Find the units of a model.
+
+    Args:
+        model: The model, its experts split into linear layers; tensors may be on meta.
+        layers: Names of the layers that are quantized, in module order.
+        routers: The model's routers.
+        engine: It decides whether shared experts belong to the routed ones.
+
+    Returns:
+        The units in the order of their first layers.
+    """
+    routers = tuple(routers)
+    by_router = experts_of_routers(model, routers)
+    shares = {r.name: r.top_k / count_experts(model, r) for r in routers}
+    containers = {
+        container: router for router, names in by_router.items() for container in names
+    }
+    members: dict[str, list[str]] = defaultdict(list)
+    read: dict[str, float] = {}
+    for layer in layers:
+        router = _router_of(layer, containers)
+        if router is None and engine.shares_experts:
+            router = _router_beside(layer, containers)
+        if router is None:
+            parent, _, part = layer.rpartition(".")
+            name = f"{parent}.{_FUSED_NAME[part]}" if part in _FUSED_NAME else layer
+        else:
+            name = _unit_of(by_router[router])
+            read[name] = shares[router]
+        members[name].append(layer)
+    return tuple(
+        Unit(name, tuple(found), read.get(name, 1.0), name in read)
+        for name, found in members.items()
+    )
+
+
+def _router_of(layer: str, containers: dict[str, str]) -> str | None:
+    """Return the router that chooses among the experts which a layer is part of."""
+    parts = layer.split(".")
+    for depth in range(len(parts), 0, -1):
+        router = containers.get(".".join(parts[:depth]))
+        if router is not None:
+            return router
+    return None
+
+
+def _router_beside(layer: str, containers: dict[str, str]) -> str | None:
+    """Return the router of the experts that stand beside a shared expert."""
+    for container, router in containers.items():
+        around = container.rpartition(".")[0]
+        if layer.startswith(f"{around}."):
+            return router
+    return None
+
+
+def _unit_of(containers: Sequence[str]) -> str:
+    """Return one name for the modules that hold a router's experts."""
+    if len(containers) == 1:
+        return containers[0]
+    around = containers[0].rpartition(".")[0]
+    return f"{around}.experts"
