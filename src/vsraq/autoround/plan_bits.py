@@ -130,6 +130,7 @@ def plan_bits(
         metric=metric if isinstance(metric, str) else str(dict(metric)),
         tokens=sum(ids.numel() for ids in batches),
         units=_planned_units(units, candidates, planned, bytes_of),
+        default=dict(prepared.default),
         layer_config=exceptions(units, chosen_fields, prepared.default, rules),
         uniform=totals.cost(candidates.base, planned.uniform),
         planned=totals.cost(planned.chosen, planned.together),

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A bit plan: which scheme each unit of a model gets, and what that costs."""
 
-import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from vsraq.checkpoint.planned import PLAN_FORMAT, PlannedLayers, config_digest
 from vsraq.whole_file import write_whole
 
-_FORMAT = "vsraq bit plan 1"
-# of a config; they differ between copies of one model
-_VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "vsraq")
+__all__ = ["BitPlan", "Cost", "PlannedUnit", "combined", "config_digest"]
 
 
 @dataclass(frozen=True)
@@ -41,13 +39,23 @@ class PlannedUnit:
         layers: Its layers.
         chosen: The name of its scheme.
         candidates: What each scheme that it could have costs, when only this unit is
-            rounded.
+            rounded. The first is the scheme that it has without a plan.
     """
 
     name: str
     layers: tuple[str, ...]
     chosen: str
     candidates: Mapping[str, Cost]
+
+    @property
+    def base(self) -> str:
+        """The name of the scheme that it has without a plan."""
+        return next(iter(self.candidates))
+
+    @property
+    def cost(self) -> Cost:
+        """The cost of its scheme."""
+        return self.candidates[self.chosen]
 
 
 @dataclass(frozen=True)
@@ -65,11 +73,13 @@ class BitPlan:
         metric: What it makes small.
         tokens: Tokens that it was measured with.
         units: The units, in module order.
+        default: The fields of the scheme, by AutoRound's names.
         layer_config: What `AutoRound(layer_config=...)` takes.
         uniform: The cost with the scheme in every unit, measured.
         planned: The cost of the plan, all units rounded together, measured.
         exponent: p, with which damages add: D = (sum of d^p)^(1/p).
         versions: Packages that made it.
+        settings: Those of the recipe that it was made with; empty without one.
     """
 
     model: str
@@ -82,11 +92,19 @@ class BitPlan:
     metric: str
     tokens: int
     units: tuple[PlannedUnit, ...]
+    default: Mapping[str, Any]
     layer_config: Mapping[str, Mapping[str, Any]]
     uniform: Cost
     planned: Cost
     exponent: float
     versions: Mapping[str, str]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def planned_layers(self) -> PlannedLayers:
+        """The scheme of each layer of its units, by AutoRound's names."""
+        names = [layer for unit in self.units for layer in unit.layers]
+        return PlannedLayers(self.default, self.layer_config, names)
 
     @property
     def bytes(self) -> int:
@@ -96,12 +114,12 @@ class BitPlan:
     @property
     def sum_kl(self) -> float:
         """Sum of the units' own KLs, nats: the plan's, if damages just added."""
-        return sum(unit.candidates[unit.chosen].kl for unit in self.units)
+        return sum(unit.cost.kl for unit in self.units)
 
     @property
     def predicted_kl(self) -> float:
         """The KL that the units' own KLs predict, nats: (sum of d^p)^(1/p)."""
-        kls = [unit.candidates[unit.chosen].kl for unit in self.units]
+        kls = [unit.cost.kl for unit in self.units]
         return combined(kls, self.exponent)
 
     def check(self, config: Any, scheme: str) -> None:
@@ -131,7 +149,7 @@ class BitPlan:
         Args:
             path: The file; its folder must exist.
         """
-        content = {"format": _FORMAT} | asdict(self)
+        content = {"format": PLAN_FORMAT} | asdict(self)
         write_whole(Path(path), json.dumps(content, indent=1) + "\n")
 
     @classmethod
@@ -148,7 +166,7 @@ class BitPlan:
         text = Path(path).read_text(encoding="utf-8")
         try:
             content = json.loads(text)
-            if content.pop("format") != _FORMAT:
+            if content.pop("format") != PLAN_FORMAT:
                 raise ValueError("another format")
             content["units"] = tuple(_unit(unit) for unit in content["units"])
             for name in ("uniform", "planned"):
@@ -217,14 +235,3 @@ def fitted_exponent(damages: list[float], together: float) -> float:
         else:
             high = middle
     return low
-
-
-def config_digest(config: Any) -> str:
-    """Return a digest of what a model's config says of its structure.
-
-    Args:
-        config: A transformers config.
-    """
-    content = {k: v for k, v in config.to_dict().items() if k not in _VOLATILE}
-    text = json.dumps(content, sort_keys=True, default=str)
-    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"

@@ -13,6 +13,7 @@ from vsraq.checkpoint.faults import CheckpointError
 from vsraq.checkpoint.names import OwnNames, StoredNames
 from vsraq.checkpoint.pairing import Parts, pair
 from vsraq.checkpoint.plain import PlainTensors
+from vsraq.checkpoint.planned import check_plan
 from vsraq.checkpoint.quantized import QuantizedLayers
 from vsraq.checkpoint.reader import Checkpoint
 from vsraq.checkpoint.reference import Reference, open_reference, own_tensors
@@ -37,6 +38,8 @@ class Verification:
             reference holds no tuned weights.
         full_precision_tensors: Tensors found equal to the reference's, routers left
             out.
+        planned_layers: Layers found with the schemes of the bit plan that the export
+            holds; 0 without one.
     """
 
     kind: str
@@ -47,6 +50,7 @@ class Verification:
     experts: int
     compared_weights: int
     full_precision_tensors: int
+    planned_layers: int
 
 
 def verify(
@@ -73,8 +77,9 @@ def verify(
     full precision and the reference's; their weights may differ from a full-precision
     reference's if the export's config says that routers were re-fitted
     (`realign_routers` writes it), and must then have the digests that it records. All
-    experts of every MoE layer are there and complete. Files and tensors count as the
-    index names them.
+    experts of every MoE layer are there and complete. If the folder holds a bit plan,
+    its layers have the planned schemes. Files and tensors count as the index names
+    them.
 
     If a run rescaled or rotated weights before rounding (AWQ, a rotation), its export
     does not hold the original's weights: give the tuned model as the reference.
@@ -148,7 +153,10 @@ def _verify(
     for piece in tqdm(pieces, "verify", disable=not progress, unit="tensor"):
         checks[piece](piece)
     layers.finish()
+    config = getattr(module, "config", None)
+    planned, plan_faults = check_plan(export, config, quantized, own_name)
     faults = [
+        *plan_faults,
         *layer_faults.values(),
         *router_faults,
         *expert_faults,
@@ -166,6 +174,7 @@ def _verify(
         experts=experts,
         compared_weights=layers.compared,
         full_precision_tensors=len(checks) - len(pairs.quantized),
+        planned_layers=planned,
     )
     return result, faults
 
