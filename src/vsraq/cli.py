@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `vsraq demo | quantize | select-tokens | verify | families`."""
+"""The command line: `vsraq demo | plan | quantize | select-tokens | verify | ...`."""
 
 import argparse
 import sys
@@ -65,7 +65,11 @@ def _add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     select = commands.add_parser(
         "select-tokens", help="write the token mask of a recipe without tuning"
     )
-    for command in (quantize, select):
+    plan = commands.add_parser(
+        "plan", help="choose the bits of a recipe's layers without tuning"
+    )
+    _add_plan_options(plan)
+    for command in (quantize, select, plan):
         command.add_argument("config", type=Path, help="a YAML file, see configs/")
         command.add_argument(
             "overrides",
@@ -92,7 +96,51 @@ def _add_commands(commands: Any) -> list[argparse.ArgumentParser]:
         help="run the code that comes with the reference",
     )
     families = commands.add_parser("families", help="what works for each MoE family")
-    return [demo, quantize, select, verify, families]
+    return [demo, plan, quantize, select, verify, families]
+
+
+def _add_plan_options(plan: argparse.ArgumentParser) -> None:
+    """Add the options of `vsraq plan`; those that are left out are the recipe's."""
+    plan.add_argument(
+        "--out", type=Path, required=True, help="the plan, a JSON file", metavar="JSON"
+    )
+    plan.add_argument(
+        "--figure",
+        type=Path,
+        help="a .png or .svg file (default: a .png beside the plan, if matplotlib is "
+        "installed)",
+    )
+    plan.add_argument(
+        "--budget",
+        help="bytes more than with one scheme: 3%%, --budget=-1%%, or a number "
+        "(default: 0%%)",
+    )
+    plan.add_argument(
+        "--active-budget", help="the same for what a token reads (default: any)"
+    )
+    plan.add_argument(
+        "--engine",
+        choices=("vllm", "sglang", "transformers", "none"),
+        help="what has to load the export (default: vllm)",
+    )
+    plan.add_argument(
+        "--metric", choices=("kl", "routing"), help="what to make small (default: kl)"
+    )
+    plan.add_argument(
+        "--options",
+        type=lambda text: text.split(","),
+        metavar="SCHEME,...",
+        help="schemes to choose from, such as W3A16,W8A16 (default: by the engine)",
+    )
+    plan.add_argument(
+        "--tokens", type=_positive, help="tokens to measure with (default: 4096)"
+    )
+    plan.add_argument(
+        "--lm-head",
+        action="store_true",
+        default=None,
+        help="let the output projection have fewer bits, too",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,9 +154,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         error), 3 an export is at fault, 130 interrupted. A wrong command
         line exits with 2.
     """
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     run = {
         "demo": _demo,
+        "plan": _plan,
         "quantize": _quantize,
         "select-tokens": _select_tokens,
         "verify": _verify,
@@ -122,6 +171,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         status, message = _explain(error)
         print(f"vsraq: error: {message}", file=sys.stderr)
         return status
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse a command line; key=value may stand behind options, too."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    keys = [word for word in rest if "=" in word and not word.startswith("-")]
+    if keys != rest or (rest and not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
 
 
 def _explain(error: BaseException) -> tuple[int, str]:
@@ -164,7 +225,7 @@ def _quantize(arguments: argparse.Namespace) -> int:
     print(f"checked: {check(recipe)}")
     if arguments.check_only:
         return 0
-    for path in run(recipe):
+    for path in run(recipe, progress=sys.stderr.isatty()):
         print(f"exported to {path}")
         remote = bool(recipe.runtime.get("trust_remote_code", False))
         found = verify(
@@ -174,6 +235,41 @@ def _quantize(arguments: argparse.Namespace) -> int:
             progress=sys.stderr.isatty(),
         )
         print(f"verified: {found}")
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from importlib.util import find_spec
+
+    from vsraq.bits.figure import check_figure
+    from vsraq.recipe import check, check_file, load_recipe, make_plan, with_bits
+
+    figure = arguments.figure
+    if figure is not None:
+        check_figure(figure)
+    elif find_spec("matplotlib") is not None:
+        figure = arguments.out.with_suffix(".png")
+    for name, path in (("--out", arguments.out), ("--figure", figure)):
+        if path is not None:
+            check_file(path, name)
+    names = ("budget", "active_budget", "engine", "metric", "options", "tokens")
+    given = {n: getattr(arguments, n) for n in (*names, "lm_head")}
+    if str(given["budget"] or "").lstrip("+-").isdecimal():
+        given["budget"] = int(given["budget"])
+    recipe = with_bits(
+        load_recipe(arguments.config, arguments.overrides),
+        {n: v for n, v in given.items() if v is not None},
+    )
+    print(f"checked: {check(recipe)}")
+    if arguments.check_only:
+        return 0
+    plan = make_plan(recipe, progress=sys.stderr.isatty())
+    print(plan)
+    for path, write in ((arguments.out, plan.save), (figure, plan.plot)):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path)
+            print(f"written to {path}")
     return 0
 
 

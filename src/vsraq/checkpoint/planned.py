@@ -63,7 +63,10 @@ class PlannedLayers:
     ) -> None:
         self._default = dict(default)
         self._layers = tuple(layers)
-        self._names = {n: f for n, f in entries.items() if not _META.search(n)}
+        # a module's name may end with a dot, so that it begins no other name
+        self._names = {
+            n.removesuffix("."): f for n, f in entries.items() if not _META.search(n)
+        }
         self._patterns = [
             # what stands before a pattern's first sign is compared first: it is faster
             (_META.split(name)[0].removesuffix("."), to_pattern(name), fields)

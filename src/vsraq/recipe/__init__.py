@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes: one YAML file, one reproducible run."""
 
+from vsraq.recipe.bits import bit_plan, make_plan, plan_path, with_bits
 from vsraq.recipe.keys import Method
-from vsraq.recipe.preflight import Estimate, check
+from vsraq.recipe.preflight import Estimate, check, check_file
 from vsraq.recipe.recipe import Calibration, Recipe, load_recipe, parse_recipe
 from vsraq.recipe.run import (
     build,
@@ -18,13 +19,18 @@ __all__ = [
     "Estimate",
     "Method",
     "Recipe",
+    "bit_plan",
     "build",
     "check",
+    "check_file",
     "load_recipe",
+    "make_plan",
     "mask_path",
     "parse_recipe",
+    "plan_path",
     "refuse_without_token_selection",
     "run",
     "select_tokens",
+    "with_bits",
     "write_resolved",
 ]

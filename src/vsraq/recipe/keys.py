@@ -12,6 +12,7 @@ from auto_round.utils.model import convert_dtype_str2torch
 from pydantic import AfterValidator, Field
 
 from vsraq.autoround.option_types import SchemeOptions
+from vsraq.bits.engines import ENGINES
 from vsraq.strict import StrictModel, check_values, did_you_mean
 
 Method: TypeAlias = Literal["vsraq", "auto_round"]
@@ -21,6 +22,10 @@ SCHEMES = tuple(
     name for name in PRESET_SCHEMES if not name.startswith("GGUF:") and name != "BF16"
 )
 
+METRICS = ("kl", "routing")
+ENGINE_NAMES = (*ENGINES, "none")
+
+_SHARE = re.compile(r"[+-]?\d+(\.\d+)?%")
 _DEVICE = re.compile(
     r"auto|tp|\d+|(cpu|cuda|hpu|mps|npu|xpu)(:\d+)?"  # a device
     r"|[\w.*]+:(\d+|(cpu|cuda|hpu|mps|npu|xpu)(:\d+)?)"  # or layers and theirs
@@ -62,6 +67,34 @@ def _layer_config(layers: dict[str, Any]) -> dict[str, Any]:
     return layers
 
 
+def _budget(value: str | int) -> str | int:
+    if isinstance(value, str) and not _SHARE.fullmatch(value):
+        raise ValueError("no share")
+    return value
+
+
+def _metric(value: str | dict[str, float]) -> str | dict[str, float]:
+    weights = {value: 1.0} if isinstance(value, str) else value
+    if not weights.keys() <= set(METRICS) or not any(weights.values()):
+        raise ValueError("no weights of metrics")
+    if min(weights.values()) < 0:
+        raise ValueError("negative")
+    return value
+
+
+def _engine(name: str) -> str:
+    if name not in ENGINE_NAMES:
+        raise ValueError(f"{name} is unknown")
+    return name
+
+
+def _options(names: list[str]) -> list[str]:
+    upper = [name.upper() for name in names]
+    if not set(upper) <= {*SCHEMES, "BF16"} or len(set(upper)) < len(upper):
+        raise ValueError("unknown, or twice")
+    return names
+
+
 _Text = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]+$")]
 _Names = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f,]+(,[^\x00-\x1f\x7f,]+)*$")]
 _Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -72,6 +105,7 @@ _COUNT = "an int >= 1"
 _SWITCH = "a bool, true or false"
 _SECTION = "a mapping of keys"
 _ONE_OF_SCHEMES = f"one of {', '.join(SCHEMES)}"
+_BUDGET = 'a share of the export\'s bytes with one scheme, such as "3%" or "-1%"'
 
 
 class SchemeOfLayer(SchemeOptions):
@@ -79,6 +113,32 @@ class SchemeOfLayer(SchemeOptions):
 
     scheme: _Scheme | None = Field(None, description=_ONE_OF_SCHEMES)
     scale_dtype: Annotated[str, AfterValidator(_dtype)] | None = None
+
+
+class BitsKeys(StrictModel):
+    """The keys of `bits`, which go to `vsraq.plan_bits`."""
+
+    budget: Annotated[str | int, AfterValidator(_budget)] = Field(
+        "0%", description=f"{_BUDGET}, or a number of bytes"
+    )
+    active_budget: Annotated[str, AfterValidator(_budget)] | None = Field(
+        None, description=_BUDGET
+    )
+    # a recipe is for an export that is served
+    engine: Annotated[str, AfterValidator(_engine)] = Field(
+        "vllm", description=f"one of {', '.join(ENGINE_NAMES)}"
+    )
+    metric: Annotated[str | dict[str, float], AfterValidator(_metric)] = Field(
+        "kl", description="kl, routing, or a mapping of both to weights >= 0"
+    )
+    options: (
+        Annotated[list[str], Field(min_length=1), AfterValidator(_options)] | None
+    ) = Field(
+        None,
+        description=f"a list of schemes, each once, of {', '.join(SCHEMES)}, BF16",
+    )
+    lm_head: bool = Field(False, description=_SWITCH)
+    tokens: _Count = Field(4096, description=_COUNT)
 
 
 class RecipeKeys(StrictModel):
@@ -92,6 +152,9 @@ class RecipeKeys(StrictModel):
     algorithm: dict[str, Any] = Field(default_factory=dict, description=_SECTION)
     calibration: dict[str, Any] = Field(default_factory=dict, description=_SECTION)
     runtime: dict[str, Any] = Field(default_factory=dict, description=_SECTION)
+    bits: _Text | dict[str, Any] = Field(
+        "", description="the path of a bit plan, or a mapping of keys"
+    )
 
 
 class CalibrationKeys(StrictModel):
@@ -175,3 +238,16 @@ def check_runtime(runtime: Mapping[str, Any]) -> None:
         ValueError: A key is unknown, or a value is not allowed.
     """
     check_values(RuntimeKeys, runtime, "runtime")
+
+
+def check_bits(bits: str | Mapping[str, Any]) -> None:
+    """Check the settings of a bit plan, if it is not the path of one.
+
+    Raises:
+        ValueError: A key is unknown, or a value is not allowed.
+    """
+    if not isinstance(bits, str):
+        check_values(BitsKeys, bits, "bits")
+        if None in bits.values():
+            names = ", ".join(f"bits.{n}" for n, v in bits.items() if v is None)
+            raise ValueError(f"{names}: no value; leave it out for the default")

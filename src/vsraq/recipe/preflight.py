@@ -10,21 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from auto_round.calib_dataset import CALIB_DATASETS
 from auto_round.scheme_entry import preview_resolved_attrs
-from huggingface_hub.constants import is_offline_mode
 from torch import nn
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoTokenizer,
-)
+from transformers import AutoTokenizer
 
 from vsraq.autoround.config import VSRAQConfig
+from vsraq.bits import BitPlan
+from vsraq.recipe.bits import check_bit_plan
+from vsraq.recipe.model import model_config, skeleton
 from vsraq.recipe.recipe import Recipe
 from vsraq.routers import find_routers
 from vsraq.strict import did_you_mean
@@ -74,7 +68,8 @@ def check(recipe: Recipe) -> Estimate:
         What the run would do.
 
     Raises:
-        FileNotFoundError: The model, a data set's file or the token mask is missing.
+        FileNotFoundError: The model, a data set's file, the token mask or the bit plan
+            is missing.
         ValueError: The output cannot be written, the model is unknown or not a mixture
             of experts, or there is too little room or calibration text.
     """
@@ -82,23 +77,26 @@ def check(recipe: Recipe) -> Estimate:
     folder = _writable(recipe.output, "output")
     if isinstance(config, VSRAQConfig) and isinstance(config.token_mask, str | Path):
         TokenMask.load(config.token_mask)
-    model_config = _model_config(recipe)
-    model = _skeleton(model_config, recipe)
+    found = model_config(recipe)
+    model = skeleton(found, recipe)
     pattern = config.router_pattern if isinstance(config, VSRAQConfig) else None
     routers = find_routers(model, router_pattern=pattern)
-    if not routers and isinstance(config, VSRAQConfig) and config.alignment:
+    aligned = isinstance(config, VSRAQConfig) and config.alignment
+    if not routers and (aligned or recipe.bits is not None):
         raise ValueError(
-            f"model={recipe.model!r}: a {model_config.model_type} has no MoE router; "
-            "allowed are mixture-of-experts models, or method: auto_round"
+            f"model={recipe.model!r}: a {found.model_type} has no MoE router; "
+            "allowed are mixture-of-experts models, or method: auto_round without bits"
         )
+    plan = check_bit_plan(recipe, found)
     scheme = preview_resolved_attrs(config, recipe.scheme)
     resume_dir = os.environ.get("AR_RESUME_DIR")
     estimate = Estimate(
-        model_type=model_config.model_type,
+        model_type=found.model_type,
         routers=len(routers),
         parameters=sum(p.numel() for p in model.parameters()),
-        export_bytes=export_bytes(model, scheme) * len(recipe.format.split(",")),
-        resume_bytes=_resume_bytes(model_config, recipe) if resume_dir else 0,
+        export_bytes=_planned_bytes(recipe, plan, export_bytes(model, scheme))
+        * len(recipe.formats),
+        resume_bytes=_resume_bytes(found, recipe) if resume_dir else 0,
         free_bytes=shutil.disk_usage(folder).free,
     )
     _check_room(estimate, folder, resume_dir)
@@ -131,10 +129,35 @@ def export_bytes(model: nn.Module, scheme: Mapping[str, Any]) -> int:
     return int(total)
 
 
+def _planned_bytes(recipe: Recipe, plan: BitPlan | None, uniform: int) -> int:
+    """Return the bytes of an export: the plan's, or what its budget allows."""
+    if plan is not None:
+        return plan.bytes
+    budget = recipe.bit_settings.get("budget", 0)
+    if isinstance(budget, str):
+        return int(uniform * (1 + float(budget.removesuffix("%")) / 100))
+    return uniform + int(budget)
+
+
 def _resume_bytes(config: Any, recipe: Recipe) -> int:
     """Estimate what AutoRound keeps: both streams of hidden states in 16 bits."""
     hidden = config.get_text_config().hidden_size
     return 2 * 2 * recipe.calibration.nsamples * recipe.calibration.seqlen * hidden
+
+
+def check_file(path: Path, name: str) -> None:
+    """Check that a file can be written.
+
+    Args:
+        path: The file; its folder need not exist.
+        name: What the message calls it.
+
+    Raises:
+        ValueError: It is a folder, or its folder cannot be written.
+    """
+    if path.is_dir():
+        raise ValueError(f"{name}={str(path)!r}: a folder; allowed is a file")
+    _writable(str(path.parent), name)
 
 
 def _writable(path: str, name: str) -> Path:
@@ -152,49 +175,6 @@ def _writable(path: str, name: str) -> Path:
             f"{name}={path!r}: {folder} cannot be written ({error.strerror}); allowed "
             "is a writable folder"
         ) from error
-
-
-def _model_config(recipe: Recipe) -> Any:
-    path = Path(recipe.model)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(
-                f"model={recipe.model!r}: the folder has no config.json; allowed is "
-                "the folder of a saved model"
-            )
-    elif path.exists() or recipe.model.startswith(("/", ".", "~")):
-        raise FileNotFoundError(
-            f"model={recipe.model!r}: no such folder; allowed is the folder of a saved "
-            "model, or a model id of the hub"
-        )
-    try:
-        return AutoConfig.from_pretrained(
-            recipe.model,
-            trust_remote_code=bool(recipe.runtime.get("trust_remote_code", False)),
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        where = (
-            ", and the hub is switched off (HF_HUB_OFFLINE), so only models in its "
-            "cache are available"
-            if not path.is_dir() and is_offline_mode()
-            else ""
-        )
-        raise ValueError(
-            f"model={recipe.model!r}: its config cannot be read{where} ({reason})"
-        ) from error
-
-
-def _skeleton(config: Any, recipe: Recipe) -> nn.Module:
-    larger = (
-        type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-    )
-    auto = AutoModelForImageTextToText if larger else AutoModelForCausalLM
-    remote = bool(recipe.runtime.get("trust_remote_code", False))
-    with torch.device("meta"):
-        model: nn.Module = auto.from_config(config, trust_remote_code=remote)
-    return model
 
 
 def _check_room(estimate: Estimate, output: Path, resume_dir: str | None) -> None:

@@ -8,11 +8,13 @@
     algorithm: {objective: vsraq, router_weight: 0.01}
     calibration: {nsamples: 512, seqlen: 2048}
     runtime: {low_gpu_mem_usage: true}
+    bits: {budget: 3%}
 
 Every key is checked before a model is touched. Keys under `algorithm` are the
 arguments of `VSRAQConfig` (or of AutoRound's `SignRoundConfig` with
 `method: auto_round`), fields of the scheme such as `group_size` included; those under
-`runtime` go to `auto_round.AutoRound` as they are.
+`runtime` go to `auto_round.AutoRound` as they are, and those under `bits` to
+`vsraq.plan_bits`; `bits: plan.json` takes a plan that was made before.
 """
 
 import inspect
@@ -30,9 +32,11 @@ from vsraq.autoround.option_types import check_options
 from vsraq.checkpoint import check_formats
 from vsraq.options import OPTIONS, refuse_misplaced
 from vsraq.recipe.keys import (
+    BitsKeys,
     CalibrationKeys,
     Method,
     RecipeKeys,
+    check_bits,
     check_runtime,
     check_scheme,
 )
@@ -76,6 +80,8 @@ class Recipe:
         algorithm: Arguments of the method's configuration.
         calibration: The calibration text.
         runtime: Further arguments of `auto_round.AutoRound`.
+        bits: The path of a bit plan, or the settings to make one with; None for one
+            scheme in all layers.
 
     Raises:
         ValueError: A value is not allowed.
@@ -89,10 +95,16 @@ class Recipe:
     algorithm: Mapping[str, Any] = field(default_factory=dict)
     calibration: Calibration = field(default_factory=Calibration)
     runtime: Mapping[str, Any] = field(default_factory=dict)
+    bits: str | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         sections = {"algorithm": dict(self.algorithm), "runtime": dict(self.runtime)}
-        check_values(RecipeKeys, vars(self) | sections | {"calibration": {}})
+        values = vars(self) | sections | {"calibration": {}}
+        if self.bits is None:
+            del values["bits"]
+        elif not isinstance(self.bits, str):
+            values["bits"] = dict(self.bits)
+        check_values(RecipeKeys, values)
         check_formats(self.format)
         check_runtime(self.runtime)
         if self.method == "vsraq":
@@ -106,6 +118,36 @@ class Recipe:
         except TypeError as error:
             raise ValueError(f"algorithm: {error}") from error
         check_scheme(self.scheme, config)
+        if self.bits is not None:
+            check_bits(self.bits)
+            self._refuse_useless_bits()
+
+    def _refuse_useless_bits(self) -> None:
+        settings = self.bit_settings
+        if self.scheme.upper() in (o.upper() for o in settings.get("options", ())):
+            raise ValueError(
+                f"bits.options={settings['options']!r}: {self.scheme} is the recipe's "
+                "scheme, which every unit may have; leave it out"
+            )
+        if settings.get("lm_head") and self.runtime.get("quant_lm_head"):
+            raise ValueError(
+                "bits.lm_head=True: runtime.quant_lm_head is set, too, which gives the "
+                "output projection the recipe's scheme; leave one of them out"
+            )
+
+    @property
+    def bit_settings(self) -> dict[str, Any]:
+        """The settings of a bit plan with their defaults; empty without any."""
+        if self.bits is None or isinstance(self.bits, str):
+            return {}
+        known = BitsKeys.model_fields
+        defaults = {n: f.default for n, f in known.items() if f.default is not None}
+        return defaults | dict(self.bits)
+
+    @property
+    def formats(self) -> tuple[str, ...]:
+        """AutoRound's names of the export formats."""
+        return tuple(name.strip().lower() for name in self.format.split(","))
 
     @property
     def _config_class(self) -> type[SignRoundConfig]:
@@ -123,6 +165,10 @@ class Recipe:
     def resolved(self) -> dict[str, Any]:
         """Return every setting with its final value, as `parse_recipe` reads it."""
         plain = asdict(self)
+        if self.bits is None:
+            del plain["bits"]
+        elif not isinstance(self.bits, str):
+            plain["bits"] = self.bit_settings
         config = self.algorithm_config()
         options = config.alignment.plain() if isinstance(config, VSRAQConfig) else {}
         names = config_arguments(self._config_class).difference(OPTIONS)
@@ -186,9 +232,12 @@ def parse_recipe(data: Mapping[str, Any]) -> Recipe:
             values[section] = {}
         elif isinstance(below, Mapping):
             values[section] = dict(below)
+    if isinstance(values.get("bits"), Mapping):
+        values["bits"] = dict(values["bits"])
     check_values(RecipeKeys, values)
     check_values(CalibrationKeys, values["calibration"], "calibration")
-    for section, name in (("", "model"), ("", "output"), ("algorithm", "token_mask")):
+    paths = ("", "model"), ("", "output"), ("", "bits"), ("algorithm", "token_mask")
+    for section, name in paths:
         target = values[section] if section else values
         if isinstance(target.get(name), str):
             target[name] = os.path.expanduser(target[name])

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a recipe: build AutoRound's run, quantize, export, or select tokens only."""
 
+import hashlib
+import json
 import logging
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -14,7 +16,10 @@ from auto_round.schemes import QuantizationScheme
 from vsraq.autoround import VSRAQConfig
 from vsraq.autoround.select_tokens import selection_of
 from vsraq.autoround.token_selection import TokenSelection
+from vsraq.bits import BitPlan
+from vsraq.checkpoint.planned import PLAN_FILE
 from vsraq.options import Threshold
+from vsraq.recipe.bits import bit_plan, run_layer_config
 from vsraq.recipe.recipe import Recipe
 from vsraq.tokens import TokenMask
 from vsraq.yaml_text import write_yaml
@@ -26,6 +31,7 @@ def build(
     recipe: Recipe,
     model: Any = None,
     config: SignRoundConfig | None = None,
+    plan: BitPlan | None = None,
     **overrides: Any,
 ) -> AutoRound:
     """Build the AutoRound run of a recipe.
@@ -34,6 +40,7 @@ def build(
         recipe: The recipe.
         model: A model in memory instead of `recipe.model`.
         config: Another configuration than `recipe.algorithm_config()`.
+        plan: The recipe's bit plan, if it has been made already; see `bit_plan`.
         **overrides: Arguments of `auto_round.AutoRound` that YAML cannot hold, such as
             a tokenizer or calibration tensors.
 
@@ -41,6 +48,10 @@ def build(
         AutoRound's run, ready for `quantize()` or `quantize_and_save()`.
     """
     arguments = asdict(recipe.calibration) | dict(recipe.runtime) | overrides
+    if plan is None:
+        plan = bit_plan(recipe, model, **overrides)
+    if plan is not None:
+        arguments["layer_config"] = run_layer_config(recipe, plan)
     return AutoRound(
         recipe.model if model is None else model,
         scheme=recipe.scheme,
@@ -79,24 +90,28 @@ def select_tokens(recipe: Recipe) -> TokenSelection:
     refuse_without_token_selection(recipe)
     config = recipe.algorithm_config()
     config.select_only = True
-    autoround = build(recipe, config=config)
+    plan = bit_plan(recipe)
+    autoround = build(recipe, config=config, plan=plan)
     # as `run` does: a format may change what is quantized, and how
     selection = selection_of(
         lambda: autoround.quantize_and_save(recipe.output, format=recipe.format)
     )
     path = mask_path(recipe)
     path.parent.mkdir(parents=True, exist_ok=True)
-    mask = replace(selection.mask, model=recipe.model, scheme=_rounding(recipe))
+    mask = replace(selection.mask, model=recipe.model, scheme=_rounding(recipe, plan))
     mask.save(path)
     return selection
 
 
-def _rounding(recipe: Recipe) -> str:
+def _rounding(recipe: Recipe, plan: BitPlan | None) -> str:
     """Describe all that decides how a recipe rounds the model."""
     fields_of_scheme = set(QuantizationScheme.get_attributes())
     changes = {k: v for k, v in recipe.algorithm.items() if k in fields_of_scheme}
     layers = ("ignore_layers", "layer_config", "quant_lm_head", "to_quant_block_names")
     changes |= {k: v for k, v in recipe.runtime.items() if k in layers}
+    if plan is not None:
+        entries = json.dumps(plan.layer_config, sort_keys=True)
+        changes["bits"] = hashlib.sha256(entries.encode()).hexdigest()[:16]
     rounding = f"{recipe.scheme} for {recipe.format}"
     return f"{rounding} {changes}" if changes else rounding
 
@@ -106,7 +121,9 @@ def _threshold(config: SignRoundConfig) -> Threshold | None:
     return config.alignment.threshold if isinstance(config, VSRAQConfig) else None
 
 
-def _reusable_mask(recipe: Recipe, config: SignRoundConfig) -> Path | None:
+def _reusable_mask(
+    recipe: Recipe, config: SignRoundConfig, plan: BitPlan | None
+) -> Path | None:
     """Return the mask that `select_tokens` wrote, if it was made for this run."""
     path = mask_path(recipe)
     threshold = _threshold(config)
@@ -115,7 +132,7 @@ def _reusable_mask(recipe: Recipe, config: SignRoundConfig) -> Path | None:
     mask = TokenMask.load(path)
     made = (mask.model, mask.scheme, mask.tau, mask.shift_threshold)
     thresholds = (threshold.tau, threshold.shift_threshold)
-    wanted = (recipe.model, _rounding(recipe), *thresholds)
+    wanted = (recipe.model, _rounding(recipe, plan), *thresholds)
     if made != wanted:
         logger.warning(
             "vsraq: %s was made with model, scheme, tau, shift_threshold = %s, this "
@@ -129,34 +146,57 @@ def _reusable_mask(recipe: Recipe, config: SignRoundConfig) -> Path | None:
     return path
 
 
-def run(recipe: Recipe) -> list[Path]:
+def run(recipe: Recipe, *, progress: bool = False) -> list[Path]:
     """Quantize, export, and write the resolved recipe beside each export.
 
-    A mask that `select_tokens` has written for this recipe is used.
+    A mask that `select_tokens` has written for this recipe is used. A bit plan is made
+    first, or that of a killed run is used, and kept beside each export.
+
+    Args:
+        recipe: The recipe.
+        progress: Whether a bit plan shows progress bars.
 
     Returns:
         The folders of the exports, one per format.
 
     Raises:
-        ValueError: That mask was made for other calibration tokens.
+        ValueError: That mask was made for other calibration tokens, or the bit plan for
+            another model or other settings.
     """
+    plan = bit_plan(recipe, progress=progress)
     config = recipe.algorithm_config()
-    mask = _reusable_mask(recipe, config)
+    mask = _reusable_mask(recipe, config, plan)
     if mask is not None:
         config.token_mask, config.token_selection = mask, True
-    autoround = build(recipe, config=config)
+    autoround = build(recipe, config=config, plan=plan)
     _, folders = autoround.quantize_and_save(recipe.output, format=recipe.format)
     paths = [Path(f) for f in ([folders] if isinstance(folders, str) else folders)]
     for path in paths:
-        write_resolved(recipe, path)
+        write_resolved(recipe, path, plan)
     return paths
 
 
-def write_resolved(recipe: Recipe, folder: Path) -> Path:
+def write_resolved(recipe: Recipe, folder: Path, plan: BitPlan | None = None) -> Path:
     """Write `vsraq_recipe.yaml` into a folder and return its path.
 
     It can be run again as it is; its comments hold the versions that made the export.
+    A bit plan is written beside it, and the recipe names that file: made anew on
+    another machine or with other versions, a plan may differ. The file says how it was
+    made.
+
+    Args:
+        recipe: The recipe.
+        folder: Where the export is.
+        plan: The bit plan of its run.
     """
+    if plan is not None:
+        plan.save(folder / PLAN_FILE)
+        every = run_layer_config(recipe, plan)
+        others = {n: e for n, e in every.items() if n not in plan.layer_config}
+        runtime = dict(recipe.runtime) | {"layer_config": others}
+        if not others:
+            del runtime["layer_config"]
+        recipe = replace(recipe, bits=str(folder / PLAN_FILE), runtime=runtime)
     packages = ("vsraq", "auto-round", "torch", "transformers")
     versions = "".join(f"# {name} {version(name)}\n" for name in packages)
     path = folder / "vsraq_recipe.yaml"
