@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from vsraq.blocks import decoder_blocks, replaced_forward
 from vsraq.capture import router_input
 from vsraq.routers import Router
+from vsraq.tokens.output_head import output_head
 
 logger = logging.getLogger(__name__)
 
@@ -299,8 +300,46 @@ def why_not_streamed(
         return f"{type(error).__name__}: {error}"
     for sample, inputs in enumerate(alone):
         expected = whole.router_input(router, sample)
-        difference = (inputs - expected).abs().max().item()
-        # the same operations on the same numbers, but a kernel may add in another order
-        if difference > 1e-2 * expected.abs().max().item():
+        difference = _difference(inputs, expected)
+        if difference:
             return f"what reaches {router} differs by up to {difference:.3g}"
     return ""
+
+
+@torch.no_grad()
+def why_not_alone(model: nn.Module, blocks: Sequence[str], input_ids: Tensor) -> str:
+    """Find out whether all blocks that run alone lead to the model's own output.
+
+    Args:
+        model: A transformers causal language model, in memory.
+        blocks: Names of all of its decoder blocks, in order.
+        input_ids: Token ids to try it with, (B, S), without padding.
+
+    Returns:
+        Empty if they do, otherwise the reason why not.
+    """
+    input_ids = input_ids.to(next(model.parameters()).device)
+    expected = model(input_ids=input_ids, use_cache=False).logits
+    calls = BlockCalls(model, blocks)
+    try:
+        states = calls.of(0, input_ids).states
+        for position, name in enumerate(blocks):
+            call = calls.of(position, input_ids)
+            states, is_tuple = call.run(model.get_submodule(name), states)
+            calls.passed(position, is_tuple)
+        with output_head(model, blocks, returns_tuple=is_tuple) as head:
+            logits = head(states)
+    except Exception as error:  # a family's own code may raise anything
+        return f"{type(error).__name__}: {error}"
+    difference = _difference(logits, expected)
+    return f"the output differs by up to {difference:.3g}" if difference else ""
+
+
+def _difference(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, or 0 if it is one of rounding.
+
+    The same operations on the same numbers, but a kernel may add in another order.
+    """
+    difference = (actual - expected).abs().max().item()
+    # also what is not finite differs
+    return 0.0 if difference <= 1e-2 * expected.abs().max().item() else difference

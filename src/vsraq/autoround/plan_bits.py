@@ -22,7 +22,7 @@ from vsraq.autoround.planning_tokens import token_batches
 from vsraq.autoround.prepared_model import PreparedModel
 from vsraq.autoround.unit_damage import Damage
 from vsraq.bits.engines import Engine, get_engine
-from vsraq.bits.exceptions import exceptions
+from vsraq.bits.exceptions import check_layers, exceptions
 from vsraq.bits.plan import BitPlan, Cost, PlannedUnit, config_digest
 from vsraq.bits.sizes import plain_bytes
 from vsraq.bits.units import Unit, find_units
@@ -94,24 +94,21 @@ def plan_bits(
     if options is None:
         options = default_options(scheme, rules, export_format)
     units = find_units(prepared.module, list(layers), prepared.model.routers, rules)
+    check_layers(units, layers, prepared.default, rules, export_format)
     candidates = find_candidates(
         units, layers, scheme, [o.upper() for o in options], rules, export_format
     )
     bytes_of = {
-        (unit.name, name): unit_bytes(prepared.module, schemes, export_format)
+        (unit.name, name): unit_bytes(
+            prepared.module, schemes, export_format, prepared.widths
+        )
         for unit in units
         for name, schemes in candidates.schemes[unit.name].items()
     }
-    plain = plain_bytes(prepared.module, [n for u in units for n in u.layers])
+    planned_layers = [n for u in units for n in u.layers]
+    plain = plain_bytes(prepared.module, planned_layers, prepared.widths)
     totals = _Totals(units, bytes_of, plain, _embedding_bytes(prepared.module))
-    sizes = Sizes(
-        bytes_of,
-        _allowed("budget", budget, totals.bytes(candidates.base)) - totals.plain,
-        None
-        if active_budget is None
-        else _allowed("active_budget", active_budget, totals.active(candidates.base))
-        - totals.plain_active,
-    )
+    sizes = _sizes(totals, candidates, budget, active_budget)
     batches = token_batches(dataset, prepared.tokenizer, tokens, seqlen, seed)
     planned = make_plan(
         prepared.model, units, candidates, batches, sizes, weights, progress=progress
@@ -191,6 +188,20 @@ class _Totals:
         """The cost of a choice."""
         sizes = self.bytes(choice), self.active(choice)
         return Cost(*sizes, damage.kl, damage.routing)
+
+
+def _sizes(
+    totals: _Totals,
+    candidates: Candidates,
+    budget: str | int,
+    active_budget: str | None,
+) -> Sizes:
+    limit = _allowed("budget", budget, totals.bytes(candidates.base)) - totals.plain
+    if active_budget is None:
+        return Sizes(totals.bytes_of, limit)
+    uniform = totals.active(candidates.base)
+    active = _allowed("active_budget", active_budget, uniform) - totals.plain_active
+    return Sizes(totals.bytes_of, limit, active)
 
 
 def _planned_units(

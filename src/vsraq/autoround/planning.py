@@ -18,7 +18,7 @@ from vsraq.autoround.unit_damage import (
 from vsraq.bits.choice import Offer, choose
 from vsraq.bits.engines import Engine, why_not_held
 from vsraq.bits.plan import fitted_exponent
-from vsraq.bits.sizes import layer_bytes
+from vsraq.bits.sizes import layer_bytes, weight_bytes
 from vsraq.bits.units import Unit
 
 _NAMES = tuple(QuantizationScheme.get_attributes())
@@ -83,9 +83,9 @@ def find_candidates(
         bits = max(fields["bits"] for fields in own.values())
         base[unit.name] = scheme if bits < 16 else "BF16"
         offered: dict[str, Mapping[str, SchemeFields]] = {base[unit.name]: own}
-        for name in options:
+        for name in (scheme, *options):  # the scheme for an output projection
             fields = scheme_fields(name)
-            if fields["bits"] < default["bits"] and not unit.is_experts and bits < 16:
+            if fields["bits"] < default["bits"] and not unit.is_experts:
                 continue
             offered.setdefault(
                 name, {n: _with(own[n], fields, default) for n in unit.layers}
@@ -135,9 +135,11 @@ def _with(
     if fields["bits"] >= 16:
         return dict(_UNQUANTIZED)
     merged = {**own, **fields}
-    same_type = own.get("data_type") == fields["data_type"]
+    same_type = own.get("data_type") in (fields["data_type"], "float")
     if same_type and own["group_size"] != default["group_size"]:
         merged["group_size"] = own["group_size"]
+    if same_type and fields["bits"] < 8:  # AutoRound's formats hold 8 bits symmetric
+        merged["sym"] = own["sym"]
     return merged
 
 
@@ -202,6 +204,7 @@ def make_plan(
 
     Raises:
         ValueError: The smallest schemes are over the limit.
+        NotImplementedError: The model's blocks cannot be run alone.
     """
     pairs = [(u, s) for u in units for s in candidates.schemes[u.name]]
     zero = Damage(0.0, 0.0)
@@ -210,6 +213,7 @@ def make_plan(
         for u, s in pairs
         if any(f["bits"] < 16 for f in candidates.schemes[u.name][s].values())
     }
+    model.check(batches[0])
     uniform = _trial_of(units, candidates, candidates.base)
     title = "Measuring units" if progress else None
     found = measure_damage(model, [*trials.values(), uniform], batches, progress=title)
@@ -279,7 +283,10 @@ def _trial_of(
 
 
 def unit_bytes(
-    model: nn.Module, schemes: Mapping[str, SchemeFields], export_format: str
+    model: nn.Module,
+    schemes: Mapping[str, SchemeFields],
+    export_format: str,
+    widths: Mapping[str, int] | None = None,
 ) -> int:
     """Compute the bytes of a unit's weights.
 
@@ -287,13 +294,14 @@ def unit_bytes(
         model: The model, in the dtype of the export.
         schemes: The scheme of each of the unit's layers.
         export_format: AutoRound's name of the export format.
+        widths: See `plain_bytes`.
     """
     total = 0
     for layer, fields in schemes.items():
-        weight: Tensor = model.get_submodule(layer).weight  # type: ignore[assignment]
         if fields["bits"] >= 16:
-            total += weight.numel() * weight.element_size()
+            total += weight_bytes(model, layer, widths)
         else:
+            weight: Tensor = model.get_submodule(layer).weight  # type: ignore[assignment]
             rows, columns = weight.shape
             total += layer_bytes(fields, rows, columns, export_format)
     return total

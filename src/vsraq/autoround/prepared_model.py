@@ -9,12 +9,16 @@ import torch
 from auto_round import AutoRound
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.utils.model import get_lm_head_name
+from auto_round.utils.offload import _resolve_model_dir
 from torch import nn
 
 from vsraq.autoround.planning import own_fields, scheme_fields
 from vsraq.autoround.unit_damage import MeasuredModel, SchemeFields
 from vsraq.blocks import decoder_blocks
+from vsraq.checkpoint import Checkpoint
 from vsraq.routers import find_routers
+
+_WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class PreparedModel:
         tokenizer: Its tokenizer.
         all_layers: The scheme of each linear layer, by AutoRound's names.
         default: The fields of the run's scheme.
+        widths: Bytes of a number of the tensors that are still on disk, by name.
     """
 
     name: str
@@ -34,6 +39,7 @@ class PreparedModel:
     tokenizer: Any
     all_layers: Mapping[str, SchemeFields]
     default: SchemeFields
+    widths: Mapping[str, int]
 
     @classmethod
     def of(
@@ -72,6 +78,7 @@ class PreparedModel:
             run.model_context.tokenizer,
             {n: own_fields(fields) for n, fields in run.layer_config.items()},
             own_fields(dict(run.scheme_context.items())),
+            _widths_on_disk(module, run._offloader.model_dir),
         )
 
     @property
@@ -103,4 +110,24 @@ class PreparedModel:
                 "shares its weight with the embedding, which AutoRound does not "
                 "quantize; allowed is False"
             )
-        return {name: scheme_fields("BF16")}
+        return {name: {**self.default, **scheme_fields("BF16")}}
+
+
+def _widths_on_disk(module: nn.Module, folder: str | None) -> dict[str, int]:
+    """Return the bytes of a number of tensors that AutoRound has not loaded yet.
+
+    Until then they are float32, and afterwards what the files have. Those that have
+    another name there (experts) count as what the config says.
+    """
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    waiting = [n for n, t in tensors if t.is_meta and t.dtype == torch.float32]
+    if not waiting or folder is None:
+        return {}
+    dtype = getattr(module.config, "dtype", None) or torch.float32
+    with Checkpoint(_resolve_model_dir(folder)) as checkpoint:
+        return {
+            name: _WIDTHS[checkpoint.header(name).dtype]
+            if name in checkpoint
+            else dtype.itemsize
+            for name in waiting
+        }

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from vsraq.autoround.block_copy import copy_block, split_experts
 from vsraq.autoround.rounded_layer import copy_layer, rounded_layer
-from vsraq.block_stream import BlockCall, BlockCalls
+from vsraq.block_stream import BlockCall, BlockCalls, why_not_alone
 from vsraq.capture import RouterCapture
 from vsraq.metrics import StreamingMean, jaccard, output_kl
 from vsraq.routers import BoundRouter, Router, routers_inside
@@ -34,6 +34,7 @@ from vsraq.tokens.output_head import output_head
 SchemeFields = Mapping[str, Any]
 
 CHUNK_TOKENS = 512  # whose logits over the vocabulary exist at once
+_TRIED_TOKENS = 64  # that blocks which run alone are tried with
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,30 @@ class MeasuredModel:
                 "AutoRound gets it"
             )
         return block.to(self.device).eval()
+
+    @torch.no_grad()
+    def check(self, input_ids: Tensor) -> None:
+        """Check that blocks which run alone give what the model itself gives.
+
+        A model that is not in memory is not checked: it cannot run as a whole.
+
+        Args:
+            input_ids: Token ids, (B, S); a few of them are tried.
+
+        Raises:
+            NotImplementedError: They do not.
+        """
+        for name in self.blocks:
+            split_experts(self.module.get_submodule(name))
+        if any(p.is_meta or p.numel() == 0 for p in self.module.parameters()):
+            return
+        reason = why_not_alone(self.module, self.blocks, input_ids[:1, :_TRIED_TOKENS])
+        if reason:
+            raise NotImplementedError(
+                f"model={type(self.module).__name__}: its blocks cannot be run one by "
+                f"one, so nothing can be measured: {reason}; allowed are models whose "
+                "blocks pass on hidden states only"
+            )
 
 
 @dataclass

@@ -12,14 +12,21 @@ from typing import Any
 from vsraq.strict import did_you_mean
 
 # The layers that engines load as one, by the last part of their names, and the name of
-# the one: all of them need one scheme. A layer that is not here stands alone.
+# the one: all of them need one scheme. A layer that is not here stands alone. Not here
+# is what engines fuse of Kimi's linear attention (q, k, v with the gates beside and
+# below them): its names differ between engines, and from those of transformers.
 FUSED: Mapping[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "qkv_proj": ("q_proj", "k_proj", "v_proj", "r_proj"),  # r: Inkling
     "gate_up_proj": ("gate_proj", "up_proj"),
     "w13": ("w1", "w3"),
     "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
     "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
+}
+# Other names of fused layers, in other engines.
+ALSO_NAMED: Mapping[str, tuple[str, ...]] = {
+    "w13": ("gate_up_proj",),
+    "qkv_proj": ("qkvr",),
 }
 
 
@@ -54,6 +61,9 @@ class Engine:
         shares_experts: Whether it may load the shared experts as part of the routed
             ones, so that they need one scheme.
         reads_fused_names: Whether it looks an exception up by the fused layer's name.
+        fuses: Whether it loads the layers of a unit as one.
+        int_groups: Group sizes of integer weights; empty for any.
+        symmetric_int: Whether integer weights of AutoRound's formats must be symmetric.
         sources: Where this was read.
     """
 
@@ -65,6 +75,9 @@ class Engine:
     needs_other_bits: bool = False
     shares_experts: bool = False
     reads_fused_names: bool = False
+    fuses: bool = False
+    int_groups: frozenset[int] = frozenset()
+    symmetric_int: bool = False
     sources: tuple[Source, ...] = ()
 
     def why_not(self, fields: Mapping[str, Any], export_format: str) -> str:
@@ -92,6 +105,16 @@ class Engine:
                 f"{self.name} loads mixed {family} weights from the formats "
                 f"{', '.join(sorted(formats))}, not from {export_format}"
             )
+        return self._why_not_int(fields, export_format) if family == "int" else ""
+
+    def _why_not_int(self, fields: Mapping[str, Any], export_format: str) -> str:
+        group = fields.get("group_size")
+        if self.int_groups and group not in self.int_groups:
+            known = ", ".join(map(str, sorted(self.int_groups)))
+            return f"{self.name} loads int weights in groups of {known}, not {group}"
+        own_format = export_format != "llm_compressor"
+        if self.symmetric_int and own_format and not fields.get("sym", True):
+            return f"{self.name} loads int weights of {export_format} if symmetric only"
         return ""
 
 
@@ -103,6 +126,7 @@ def _family(data_type: str) -> str:
 _ALL_BITS = frozenset(range(2, 9))
 _FLOATS = {"mx_fp": frozenset({4, 8, 16}), "nv_fp": frozenset({4, 16})}
 _INT_FORMATS = frozenset({"auto_round", "auto_round:auto_gptq"})
+_MARLIN_GROUPS = frozenset({-1, 32, 64, 128})
 
 _VLLM = Engine(
     name="vllm",
@@ -115,7 +139,16 @@ _VLLM = Engine(
         "nv_fp": frozenset({"llm_compressor"}),
     },
     needs_other_bits=True,
+    fuses=True,
+    int_groups=_MARLIN_GROUPS,
+    symmetric_int=True,
     sources=(
+        Source(
+            "integers of 4 and 8 bits in AutoRound's formats are symmetric, in groups "
+            "of 32, 64, 128 or whole rows",
+            "vllm/model_executor/layers/quantization/utils/marlin_utils.py",
+            "37, 81-89, 143",
+        ),
         Source(
             "integers of 4 and 8 bits have Marlin kernels; 2, 3, 5, 6 and 7 bits go to "
             "the humming kernels, which are not counted here",
@@ -165,7 +198,15 @@ _SGLANG = Engine(
     formats={"int": _INT_FORMATS, "nv_fp": frozenset({"llm_compressor"})},
     shares_experts=True,
     reads_fused_names=True,
+    fuses=True,
+    int_groups=_MARLIN_GROUPS,
+    symmetric_int=True,
     sources=(
+        Source(
+            "symmetric, in groups of 32, 64, 128 or whole rows",
+            "sglang/srt/layers/quantization/marlin_utils.py",
+            "68-139",
+        ),
         Source(
             "only the Marlin kernels of 4 and 8 bits are left",
             "sglang/srt/layers/quantization/gptq/schemes/gptq_linear.py",

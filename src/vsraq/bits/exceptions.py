@@ -5,14 +5,19 @@ Engines do not read all ways to name an exception, and AutoRound lets a pattern 
 a name. So each unit has one entry if its layers have one scheme: experts by their
 container, which engines look up, fused layers by a pattern that matches the fused
 layer's name too where the engine asks for that.
+
+AutoRound gives all layers of a pattern one dictionary, and writes 16 bits into it for a
+layer that it cannot quantize. So no pattern may match a layer outside of its unit.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vsraq.bits.engines import FUSED, Engine
+from vsraq.bits.engines import ALSO_NAMED, FUSED, Engine
 from vsraq.bits.units import Unit
+
+_LOOKED_UP = ("bits", "group_size", "sym")  # of an exception, by engines
 
 
 def exceptions(
@@ -39,26 +44,31 @@ def exceptions(
             # an entry without bits is 16 bits to some engines
             different[layer] = {"bits": fields["bits"]} | own
     entries: dict[str, dict[str, Any]] = {}
-    for unit in units:
-        entries |= _entries(unit, different, engine)
     inside = {layer for unit in units for layer in unit.layers}
+    outside = [layer for layer in schemes if layer not in inside]
+    for unit in units:
+        entries |= _entries(unit, different, engine, outside)
     return entries | {n: f for n, f in different.items() if n not in inside}
 
 
 def _entries(
-    unit: Unit, different: Mapping[str, dict[str, Any]], engine: Engine
+    unit: Unit,
+    different: Mapping[str, dict[str, Any]],
+    engine: Engine,
+    outside: Iterable[str],
 ) -> dict[str, dict[str, Any]]:
-    """Return the entries of one unit."""
+    """Return the entries of one unit; no entry may match the layers outside of any."""
     own = [different.get(layer) for layer in unit.layers]
     first = own[0]
     if all(fields == first for fields in own):
         if first is None:
             return {}
-        if unit.is_experts:
-            return dict.fromkeys(_containers(unit), first)
-        if len(unit.layers) > 1 and engine.reads_fused_names:
+        containers = _containers(unit)
+        alone = not any(name.startswith(tuple(containers)) for name in outside)
+        if unit.is_experts and alone:
+            return dict.fromkeys(containers, first)
+        if not unit.is_experts and len(unit.layers) > 1 and engine.reads_fused_names:
             return {_pattern(unit): first}
-        return dict.fromkeys(unit.layers, first)
     if not unit.is_experts:
         return {n: f for n, f in zip(unit.layers, own, strict=True) if f is not None}
     # one entry for each projection of all experts
@@ -76,13 +86,19 @@ def _entries(
 
 
 def _containers(unit: Unit) -> list[str]:
-    """Return the modules that hold the experts: what stands before their numbers."""
+    """Return what names the modules that hold the experts, and nothing beside them.
+
+    That is what stands before their numbers, which engines look up, or the module of
+    one shared expert, with the dot that ends it: `shared_expert_gate` begins like it.
+    """
     found: dict[str, None] = {}
     for layer in unit.layers:
         parts = layer.split(".")
         numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
-        last = numbers[-1] if len(numbers) > 1 else len(parts) - 1
-        found[".".join(parts[:last])] = None
+        if len(numbers) > 1:
+            found[".".join(parts[: numbers[-1]])] = None
+        else:
+            found[layer.rpartition(".")[0] + "."] = None
     return list(found)
 
 
@@ -90,4 +106,45 @@ def _pattern(unit: Unit) -> str:
     """Return a pattern for layers and for the layer that they are fused into."""
     around, _, fused = unit.name.rpartition(".")
     parts = [part for part in FUSED[fused] if f"{around}.{part}" in unit.layers]
-    return f"{around}.({'|'.join([*parts, fused])})"
+    names = [*parts, fused, *ALSO_NAMED.get(fused, ())]
+    return f"{around}.({'|'.join(names)})"
+
+
+def check_layers(
+    units: Iterable[Unit],
+    layers: Mapping[str, Mapping[str, Any]],
+    default: Mapping[str, Any],
+    engine: Engine,
+    export_format: str,
+) -> None:
+    """Refuse layers that an engine does not load as they are without a plan.
+
+    Args:
+        units: The units.
+        layers: Each layer's scheme without a plan, by AutoRound's names.
+        default: The run's scheme.
+        engine: The engine.
+        export_format: AutoRound's name of the export format.
+
+    Raises:
+        ValueError: It does not load one of them.
+    """
+    for unit in units:
+        shown = {}
+        for layer in unit.layers:
+            fields = layers[layer]
+            reason = engine.why_not(fields, export_format)
+            shown[layer] = {n: fields.get(n) for n in _LOOKED_UP}
+            common = {n: default.get(n) for n in _LOOKED_UP}
+            same_bits = fields["bits"] == default["bits"] and shown[layer] != common
+            if engine.needs_other_bits and same_bits and not reason:
+                reason = f"{engine.name} reads an exception without other bits as 16"
+            first = unit.layers[0]
+            if engine.fuses and shown[layer] != shown[first] and not reason:
+                reason = f"{engine.name} loads it as one with {first}, which differs"
+            if reason:
+                raise ValueError(
+                    f"layer_config: {layer} is {shown[layer]}, which is not allowed, "
+                    f"because {reason}; change its group size or symmetry, or pass "
+                    "another engine"
+                )

@@ -14,6 +14,7 @@ from vsraq.checkpoint.formats.format import Declared
 _BYTES = {
     "I32": 4,
     "I64": 8,
+    "I8": 1,
     "U8": 1,
     "F8_E4M3": 1,
     "F8_E5M2": 1,
@@ -23,6 +24,7 @@ _BYTES = {
 }
 _COMPRESSED_TENSORS = {
     "int": ("pack-quantized", "int"),
+    "int-inputs": ("int-quantized", "int"),
     "nv_fp4": ("nvfp4-pack-quantized", "float"),
     "mx_fp4": ("mxfp4-pack-quantized", "float"),
     "mx_fp8": ("mxfp8-quantized", "float"),
@@ -55,10 +57,15 @@ def layer_bytes(
             "`verify` reads, see docs/verify.md"
         )
     layout = form.layout(form.scheme(declared), out_features, in_features)
-    return sum(
-        math.prod(spec.shape) * min(_BYTES[dtype] for dtype in spec.dtypes)
-        for spec in layout.values()
-    )
+    total = sum(math.prod(s.shape) * _width(s.dtypes) for s in layout.values())
+    # AutoRound stores the order of the inputs in this format only
+    return total + (in_features * _BYTES["I32"] if export_format == "auto_gptq" else 0)
+
+
+def _width(dtypes: Collection[str]) -> int:
+    """Return the bytes of a number: AutoRound takes 16-bit scales, 64-bit shapes."""
+    widths = [_BYTES[dtype] for dtype in dtypes]
+    return max(widths) if "I64" in dtypes else min(widths)
 
 
 def _declared(fields: Mapping[str, Any], export_format: str) -> Declared:
@@ -70,7 +77,9 @@ def _declared(fields: Mapping[str, Any], export_format: str) -> Declared:
     declared_type = data_type
     if export_format == "llm_compressor":
         method = "compressed-tensors"
-        family = data_type if data_type == "int" else f"{data_type.rstrip('48')}{bits}"
+        family = f"{data_type.rstrip('48')}{bits}"
+        if data_type == "int":
+            family = "int-inputs" if quantized_inputs else "int"
         packing, declared_type = _COMPRESSED_TENSORS.get(family, ("", data_type))
     return Declared(
         quant_method=method,
@@ -88,28 +97,44 @@ def _declared(fields: Mapping[str, Any], export_format: str) -> Declared:
     )
 
 
-def plain_bytes(model: nn.Module, quantized: Collection[str]) -> int:
+def plain_bytes(
+    model: nn.Module,
+    quantized: Collection[str],
+    widths: Mapping[str, int] | None = None,
+) -> int:
     """Compute the bytes of all tensors that stay as they are.
 
     Args:
         model: The model, in the dtype of the export; tensors may be on meta.
         quantized: Names of the layers whose weights do not count.
+        widths: Bytes of a number of those tensors whose dtype the model does not have
+            yet, by name.
 
     Returns:
         Bytes of parameters, tied ones once, and of buffers that are stored.
     """
     left_out = {id(model.get_submodule(name).weight) for name in quantized}
-    total = sum(
-        _size(parameter)
-        for parameter in model.parameters()
-        if id(parameter) not in left_out
-    )
-    for module in model.modules():
+    counted = {n: p for n, p in model.named_parameters() if id(p) not in left_out}
+    for owner, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
-                total += _size(buffer)
-    return total
+                counted[f"{owner}.{name}" if owner else name] = buffer
+    return sum(_size(tensor, name, widths) for name, tensor in counted.items())
 
 
-def _size(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def weight_bytes(
+    model: nn.Module, layer: str, widths: Mapping[str, int] | None = None
+) -> int:
+    """Compute the bytes of a layer's weight that stays as it is.
+
+    Args:
+        model: See `plain_bytes`.
+        layer: Name of the layer.
+        widths: See `plain_bytes`.
+    """
+    weight: torch.Tensor = model.get_submodule(layer).weight  # type: ignore[assignment]
+    return _size(weight, f"{layer}.weight", widths)
+
+
+def _size(tensor: torch.Tensor, name: str, widths: Mapping[str, int] | None) -> int:
+    return tensor.numel() * (widths or {}).get(name, tensor.element_size())

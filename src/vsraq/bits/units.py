@@ -2,11 +2,12 @@
 """Units: the layers that must share one scheme.
 
 Engines load q, k and v as one layer, gate and up as one, and all routed experts of a
-layer as one. Every other layer is a unit of its own.
+layer as one. Every other layer is a unit of its own, also one that is fused elsewhere
+but stands alone here, as `up_proj` of an expert without a gate.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -25,7 +26,8 @@ class Unit:
         name: The name that engines have for it: that of the fused layer, of the
             module that holds the experts, or of the one layer.
         layers: Qualified names of its linear layers, in module order.
-        read: The share of its weights that one token reads: K of E for routed experts.
+        read: The share of its weights that one token reads: K of E for routed experts,
+            all of it for shared ones.
         is_experts: Whether it has the routed experts of a layer.
     """
 
@@ -58,23 +60,71 @@ def find_units(
     containers = {
         container: router for router, names in by_router.items() for container in names
     }
+    routed = {n: router for n in layers if (router := _router_of(n, containers))}
+    quantized = {c: r for c, r in containers.items() if r in routed.values()}
     members: dict[str, list[str]] = defaultdict(list)
-    read: dict[str, float] = {}
+    experts = set()
     for layer in layers:
-        router = _router_of(layer, containers)
+        router = routed.get(layer)
         if router is None and engine.shares_experts:
-            router = _router_beside(layer, containers)
+            router = _router_beside(layer, quantized)
         if router is None:
             parent, _, part = layer.rpartition(".")
             name = f"{parent}.{_FUSED_NAME[part]}" if part in _FUSED_NAME else layer
         else:
             name = _unit_of(by_router[router])
-            read[name] = shares[router]
+            experts.add(name)
         members[name].append(layer)
     return tuple(
-        Unit(name, tuple(found), read.get(name, 1.0), name in read)
+        Unit(name, tuple(found), _read(model, found, routed, shares), True)
+        if name in experts
+        else Unit(name if len(found) > 1 else found[0], tuple(found))
         for name, found in members.items()
     )
+
+
+def _read(
+    model: nn.Module,
+    layers: Sequence[str],
+    routed: Mapping[str, str],
+    shares: Mapping[str, float],
+) -> float:
+    """Return the share of the weights of experts that one token reads."""
+    if all(layer in routed for layer in layers):
+        return shares[routed[layers[0]]]  # exactly
+    counts = [model.get_submodule(n).weight.numel() for n in layers]  # type: ignore
+    parts = [shares[routed[n]] if n in routed else 1.0 for n in layers]
+    return sum(n * part for n, part in zip(counts, parts, strict=True)) / sum(counts)
+
+
+def merge_units(
+    units: Sequence[Unit], groups: Iterable[Iterable[str]]
+) -> tuple[Unit, ...]:
+    """Merge units of which some layers must share a scheme.
+
+    Args:
+        units: The units.
+        groups: Names of layers that must share one.
+
+    Returns:
+        Units; a merged one has the name and the place of its first.
+    """
+    merged = list(units)
+    for group in groups:
+        names = set(group)
+        together = [unit for unit in merged if names & set(unit.layers)]
+        if len(together) < 2:
+            continue
+        layers = tuple(layer for unit in together for layer in unit.layers)
+        read = max(unit.read for unit in together)
+        first = together[0]
+        whole = Unit(first.name, layers, read, any(u.is_experts for u in together))
+        merged = [
+            whole if unit is first else unit
+            for unit in merged
+            if unit is first or unit not in together
+        ]
+    return tuple(merged)
 
 
 def _router_of(layer: str, containers: dict[str, str]) -> str | None:
@@ -88,10 +138,13 @@ def _router_of(layer: str, containers: dict[str, str]) -> str | None:
 
 
 def _router_beside(layer: str, containers: dict[str, str]) -> str | None:
-    """Return the router of the experts that stand beside a shared expert."""
+    """Return the router of the experts that stand beside a shared expert.
+
+    The block around experts holds more than shared ones, sometimes attention.
+    """
     for container, router in containers.items():
         around = container.rpartition(".")[0]
-        if layer.startswith(f"{around}."):
+        if layer.startswith(f"{around}.shared_expert"):
             return router
     return None
 
