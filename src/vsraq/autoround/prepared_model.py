@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model as AutoRound prepares it for a run, and what it would do with its layers."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,11 @@ class PreparedModel:
             if name.startswith(inside)
             and self.all_layers.get(name, {}).get("bits", 16) < 16
         }
+
+    def outside(self, layers: Iterable[str]) -> list[str]:
+        """Those of some layers that are not in the decoder's blocks."""
+        inside = tuple(f"{block}." for block in self.model.blocks)
+        return [name for name in layers if not name.startswith(inside)]
 
     def head_layer(self) -> dict[str, SchemeFields]:
         """The output projection, in full precision.

@@ -75,12 +75,14 @@ def _solve(
 ) -> numpy.ndarray:
     """Return which offers are taken.
 
-    HiGHS works with numbers around 1, and may exceed a limit by a millionth. Then the
-    limit is lowered by what was too much.
+    HiGHS works with numbers around 1, so what every choice takes is left out, and it
+    may exceed a limit by a millionth. Then the limit is lowered by what was too much.
     """
     damages = numpy.array([offer.damage for offer in offers])
     damages = damages / (numpy.abs(damages).max() or 1.0)
-    scales = sizes.max(axis=1)
+    slack = 1e-13 * numpy.abs(limits)  # of sums of fractions; far below a byte
+    sizes, limits = _beyond_least(one_each, sizes, limits)
+    scales = sizes.max(axis=1, initial=1.0)
     allowed = limits.astype(float)
     while True:
         rows = sizes / scales[:, None]
@@ -96,12 +98,25 @@ def _solve(
         )
         if not result.success:
             raise ValueError(
-                f"budget={limits[0]:,.0f}, active_budget={limits[1:]}: no choice of "
-                f"schemes is within them ({result.message}); allow more bytes, or add "
-                "a smaller scheme to options"
+                f"no choice of schemes is within the budgets ({result.message}), which "
+                "leave "
+                + " and ".join(f"{left:,.0f}" for left in limits)
+                + " beyond the smallest schemes; allow more bytes, or add a smaller "
+                "scheme to options"
             )
         taken: numpy.ndarray = result.x > 0.5
         excess = sizes @ taken - limits
-        if (excess <= 0).all():
+        if (excess <= slack).all():
             return taken
         allowed = allowed - excess.clip(min=0)
+
+
+def _beyond_least(
+    one_each: numpy.ndarray, sizes: numpy.ndarray, limits: numpy.ndarray
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Return sizes and limits without the least that each unit takes."""
+    unit_of = one_each.argmax(axis=0)
+    least = numpy.full((len(sizes), len(one_each)), numpy.inf)
+    for row, values in zip(least, sizes, strict=True):
+        numpy.minimum.at(row, unit_of, values)
+    return sizes - least[:, unit_of], limits - least.sum(axis=1)

@@ -11,7 +11,7 @@ layer that it cannot quantize. So no pattern may match a layer outside of its un
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from vsraq.bits.engines import ALSO_NAMED, FUSED, Engine
@@ -25,6 +25,8 @@ def exceptions(
     schemes: Mapping[str, Mapping[str, Any]],
     default: Mapping[str, Any],
     engine: Engine,
+    *,
+    outside: Collection[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """Return the entries of a `layer_config`.
 
@@ -33,6 +35,8 @@ def exceptions(
         schemes: The scheme of every layer that can be quantized, by AutoRound's names.
         default: The scheme of all layers without an entry.
         engine: How it looks exceptions up.
+        outside: Layers outside of the decoder's blocks, such as the output projection:
+            an entry must say that they are quantized, and none that they are not.
 
     Returns:
         Fields that differ from the default, by the name or the pattern of layers.
@@ -40,14 +44,16 @@ def exceptions(
     different = {}
     for layer, fields in schemes.items():
         own = {k: v for k, v in fields.items() if v != default.get(k)}
+        if layer in outside:
+            own = {"bits": fields["bits"]} | own if fields["bits"] < 16 else {}
         if own:
             # an entry without bits is 16 bits to some engines
             different[layer] = {"bits": fields["bits"]} | own
     entries: dict[str, dict[str, Any]] = {}
     inside = {layer for unit in units for layer in unit.layers}
-    outside = [layer for layer in schemes if layer not in inside]
+    others = [layer for layer in schemes if layer not in inside]
     for unit in units:
-        entries |= _entries(unit, different, engine, outside)
+        entries |= _entries(unit, different, engine, others)
     return entries | {n: f for n, f in different.items() if n not in inside}
 
 
@@ -55,16 +61,16 @@ def _entries(
     unit: Unit,
     different: Mapping[str, dict[str, Any]],
     engine: Engine,
-    outside: Iterable[str],
+    others: Iterable[str],
 ) -> dict[str, dict[str, Any]]:
-    """Return the entries of one unit; no entry may match the layers outside of any."""
+    """Return the entries of one unit; none may match a layer that no unit has."""
     own = [different.get(layer) for layer in unit.layers]
     first = own[0]
     if all(fields == first for fields in own):
         if first is None:
             return {}
         containers = _containers(unit)
-        alone = not any(name.startswith(tuple(containers)) for name in outside)
+        alone = not any(name.startswith(tuple(containers)) for name in others)
         if unit.is_experts and alone:
             return dict.fromkeys(containers, first)
         if not unit.is_experts and len(unit.layers) > 1 and engine.reads_fused_names:
