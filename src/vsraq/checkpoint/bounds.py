@@ -10,11 +10,14 @@ split into what lies along w and the rest,
 
 and judged in units that do not depend on the size of the weights:
 
-    slope in [low, high],            rest <= factor * r + max(0, 1 - slope),
+    slope in [low, high],            rest <= factor * r + 2 k max(0, 1 - slope),
 
 where r = D / sqrt(12) over the root mean square of w, and D follows from the format's
-levels and the largest weight of each group. Clipping lowers the slope and adds to the
-rest no more than it lowers the slope. A weight of another layer, or a random one, has
+levels and the largest weight of each group. Clipping takes from each group's largest
+weights: if it took the share c from the largest weight M of each group alone, it would
+lower the slope by c sum(M^2) / <w, w>, and add c sqrt(sum(M^2) / <w, w>) to the rest.
+That is k = sqrt(<w, w> / sum(M^2)) times as much; groups differ in c, so twice that is
+allowed. It matters at 8 bits, where a step is small beside what is clipped. A weight of another layer, or a random one, has
 a slope of about 0, whatever its scales; scales that are 10 % off move the slope by 0.1.
 A layer is judged as a whole, row by row, and group by group, each with the margin that
 its number of weights needs.
@@ -31,6 +34,7 @@ SLOPE = (0.5, 1.05)  # of a layer
 REST = 3.0
 ROW_SLOPE = (0.35, 1.5)  # of one row: a few weights may all be rounded one way
 ROW_REST = 6.0
+CLIPPED = 2.0  # times what clipping adds to the rest if it is equal in all groups
 GROUP_STEPS = 2.0  # root mean square of a group's error, in steps,
 GROUP_CLIP = 0.5  # and beyond them in largest weights
 _TINY = 1e-5  # AutoRound's smallest scale
@@ -188,5 +192,7 @@ def _slope_and_rest(
     zero = ww == 0
     energy = ww.masked_fill(zero, 1)
     along = we / energy
-    rest = (ee / energy - along.square()).clamp(min=0).sqrt() + along.clamp(max=0)
+    peaks = sums.largest.square().sum(dims).masked_fill(zero, 1)
+    clipped = CLIPPED * (energy / peaks).sqrt() * along.clamp(max=0)
+    rest = (ee / energy - along.square()).clamp(min=0).sqrt() + clipped
     return (1 + along).masked_fill(zero, 1), rest / (steps / energy).sqrt()

@@ -18,15 +18,20 @@ from vsraq.checkpoint.reader import Checkpoint
 
 PLAN_FILE = "vsraq_bit_plan.json"
 PLAN_FORMAT = "vsraq bit plan 1"
-# of a config; they differ between copies of one model
-_VOLATILE = (
-    "_name_or_path",
-    "transformers_version",
-    "dtype",
-    "torch_dtype",
-    "vsraq",
-    "quantization_config",
+# of a config and those inside it; they differ between copies of one model
+_VOLATILE = frozenset(
+    {
+        "_name_or_path",
+        "architectures",
+        "dtype",
+        "quantization_config",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "vsraq",
+    }
 )
+_BROKEN = (ValueError, TypeError, KeyError, AttributeError, RecursionError, re.error)
 _META = re.compile(r"[\\*+?^$()\[\]{}|]")
 
 
@@ -37,10 +42,14 @@ def config_digest(config: Any) -> str:
         config: A transformers config.
     """
     # what a class says of itself may differ between versions of transformers
-    said = config.to_diff_dict()
-    content = {k: v for k, v in said.items() if k not in _VOLATILE}
-    text = json.dumps(content, sort_keys=True, default=str)
+    text = json.dumps(_lasting(config.to_diff_dict()), sort_keys=True, default=str)
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def _lasting(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {k: _lasting(v) for k, v in value.items() if k not in _VOLATILE}
 
 
 class PlannedLayers:
@@ -63,6 +72,7 @@ class PlannedLayers:
     ) -> None:
         self._default = dict(default)
         self._layers = tuple(layers)
+        entries = {name: dict(fields) for name, fields in entries.items()}
         # a module's name may end with a dot, so that it begins no other name
         self._names = {
             n.removesuffix("."): f for n, f in entries.items() if not _META.search(n)
@@ -83,12 +93,12 @@ class PlannedLayers:
     def __getitem__(self, layer: str) -> dict[str, Any]:
         for head, pattern, fields in self._patterns:
             if head in layer and pattern.search(layer):
-                return self._default | dict(fields)
+                return self._default | fields
         parts = layer.split(".")
         for depth in range(len(parts), 0, -1):
             found = self._names.get(".".join(parts[:depth]))
             if found is not None:
-                return self._default | dict(found)
+                return self._default | found
         return self._default
 
 
@@ -119,10 +129,10 @@ def read_layers(path: Path) -> tuple[str, PlannedLayers]:
             if layers[name]["bits"] < 16:
                 int(layers[name]["group_size"])
         return str(plan["config_digest"]), layers
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ValueError(f"no bit plan ({error})") from error
     except OSError as error:
         raise ValueError(f"cannot be read ({error})") from error
+    except _BROKEN as error:
+        raise ValueError(f"no bit plan ({error!r})") from error
 
 
 def check_plan(
