@@ -113,9 +113,6 @@ def plan_bits(
     planned = make_plan(
         prepared.model, units, candidates, batches, sizes, weights, progress=progress
     )
-    chosen_fields = dict(prepared.all_layers)
-    for unit in units:
-        chosen_fields |= candidates.schemes[unit.name][planned.chosen[unit.name]]
     return BitPlan(
         model=prepared.name,
         config_digest=config_digest(prepared.module.config),
@@ -128,13 +125,7 @@ def plan_bits(
         tokens=sum(ids.numel() for ids in batches),
         units=_planned_units(units, candidates, planned, bytes_of),
         default=dict(prepared.default),
-        layer_config=exceptions(
-            units,
-            chosen_fields,
-            prepared.default,
-            rules,
-            outside=prepared.outside(chosen_fields),
-        ),
+        layer_config=_layer_config(prepared, units, candidates, planned, rules),
         uniform=totals.cost(candidates.base, planned.uniform),
         planned=totals.cost(planned.chosen, planned.together),
         exponent=planned.exponent,
@@ -208,6 +199,20 @@ def _sizes(
     uniform = totals.active(candidates.base)
     active = _allowed("active_budget", active_budget, uniform) - totals.plain_active
     return Sizes(totals.bytes_of, limit, active)
+
+
+def _layer_config(
+    prepared: PreparedModel,
+    units: Sequence[Unit],
+    candidates: Candidates,
+    planned: Planned,
+    engine: Engine,
+) -> dict[str, dict[str, Any]]:
+    schemes = dict(prepared.all_layers)
+    for unit in units:
+        schemes |= candidates.schemes[unit.name][planned.chosen[unit.name]]
+    outside = prepared.outside(schemes)
+    return exceptions(units, schemes, prepared.default, engine, outside=outside)
 
 
 def _planned_units(

@@ -251,6 +251,8 @@ def _round(layer: nn.Module, fields: SchemeFields, device: torch.device) -> nn.M
     copied = copy_layer(layer)
     for name, value in fields.items():
         setattr(copied, name, value)
+    # AutoRound sets it in blocks only; its default
+    vars(copied).setdefault("scale_dtype", torch.float16)
     return rounded_layer(copied, device)
 
 
