@@ -88,18 +88,21 @@ def test_sorting_logits_is_not_selecting_experts():
 
 
 def test_the_demo_runs_end_to_end(full, monkeypatch, tmp_path):
-    methods = run.METHODS if full else {"default": run.METHODS["default"]}
+    methods = run.METHODS if full else {}
     monkeypatch.setattr(run, "METHODS", methods)
+    monkeypatch.setattr(run, "PLAN_TOKENS", 4096 if full else 256)
     monkeypatch.setattr(run, "HELDOUT_WINDOWS", 8)
     monkeypatch.setattr(run, "CALIBRATION_SAMPLES", 8)
     table = run.run_demo(tmp_path / "exports", iters=1).splitlines()
     assert table[0].split() == (
         "scheme method ppl KL Jaccard L0 L1 L2 L3 L4 L5 seconds MiB".split()
     )
-    rows = [line.split() for line in table[2:]]
+    rows = [line.replace("default + plan", "planned").split() for line in table[2:]]
     assert rows[0][:2] == ["bfloat16", "none"]
     assert [row[:2] for row in rows[1:]] == [
-        [scheme, method] for scheme in ("W4A16", "NVFP4") for method in methods
+        [scheme, method]
+        for scheme in ("W4A16", "NVFP4")
+        for method in (*methods, "planned")
     ]
     reference = float(rows[0][2])
     for row in rows[1:]:
@@ -107,5 +110,6 @@ def test_the_demo_runs_end_to_end(full, monkeypatch, tmp_path):
         assert 0 < float(row[3]) < 0.2
         assert all(0.7 < float(cell) < 1 for cell in row[4:11])
     saved = {p.name for p in (tmp_path / "exports").iterdir()}
-    assert saved == {f"{r[0]}-{r[1]}" for r in rows[1:]}
+    folders = {f"{r[0]}-{r[1]}" for r in rows[1:]}
+    assert saved == {name.replace("planned", "default+plan") for name in folders}
     assert re.fullmatch(r"\d+\.\d\d", rows[1][-1])

@@ -17,10 +17,10 @@ levels and the largest weight of each group. Clipping takes from each group's la
 weights: if it took the share c from the largest weight M of each group alone, it would
 lower the slope by c sum(M^2) / <w, w>, and add c sqrt(sum(M^2) / <w, w>) to the rest.
 That is k = sqrt(<w, w> / sum(M^2)) times as much; groups differ in c, so twice that is
-allowed. It matters at 8 bits, where a step is small beside what is clipped. A weight of another layer, or a random one, has
-a slope of about 0, whatever its scales; scales that are 10 % off move the slope by 0.1.
-A layer is judged as a whole, row by row, and group by group, each with the margin that
-its number of weights needs.
+allowed. It matters at 8 bits, where a step is small beside what is clipped. A weight of
+another layer, or a random one, has a slope of about 0, whatever its scales; scales that
+are 10 % off move the slope by 0.1. A layer is judged as a whole, row by row, and group
+by group, each with the margin that its number of weights needs.
 
 Shapes: N layers at once, O outputs, I inputs, G groups of inputs.
 """

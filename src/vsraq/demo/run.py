@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantize the embedded MoE with AutoRound, VSRAQ and our default, and compare.
+"""Quantize the embedded MoE with AutoRound, VSRAQ, our default and a bit plan.
 
 Every quantized row of the table comes from an export that was written, verified tensor
 by tensor against the tuned model, and loaded again. Models are evaluated in float32.
 """
 
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from vsraq.analysis import Comparison, compare
 from vsraq.checkpoint import Checkpoint, load_model, verify
 from vsraq.demo import model_path
 from vsraq.demo.text import Split, documents
-from vsraq.recipe import Calibration, Method, Recipe, build
+from vsraq.recipe import Calibration, Method, Recipe, bit_plan, build, plan_path
 
 ITERS = 50
 SEQLEN = 256
@@ -37,6 +38,14 @@ METHODS: dict[str, tuple[Method, dict[str, object]]] = {
     # the paper's objective, with one of the two weights of the paper
     "VSRAQ-paper": ("vsraq", {"objective": "vsraq", "router_weight": 0.1}),
     "default": ("vsraq", {}),
+}
+PLANNED = "default + plan"
+PLAN_TOKENS = 4096
+# W4A16: some layers get more bits than 4 and some fewer, and the export stays as large.
+# NVFP4: some layers stay in 16 bits, for 4 % more bytes.
+PLANS: dict[str, dict[str, Any]] = {
+    "W4A16": {"budget": "0%", "engine": "none"},
+    "NVFP4": {"budget": "4%", "engine": "none", "options": ["BF16"]},
 }
 
 
@@ -136,12 +145,31 @@ def run_demo(output: Path | None = None, *, iters: int = ITERS) -> str:
         )
     ]
     with _folder(output) as folder:
-        for scheme, formats in SCHEMES.items():
-            for name, (method, options) in METHODS.items():
-                recipe = Recipe(
+        for scheme, name, recipe in recipes(folder, iters):
+            path, seconds = _export(recipe, tokenizer, calibration)
+            comparison = compare(load_demo_model(path), fp_model, heldout)
+            rows.append(Row(scheme, name, comparison, seconds, _size(path)))
+    return format_table(rows)
+
+
+def recipes(folder: Path, iters: int) -> Iterator[tuple[str, str, Recipe]]:
+    """Yield the scheme, the method and the recipe of each row.
+
+    Args:
+        folder: Where the exports go.
+        iters: Tuning iterations per block.
+    """
+    for scheme, formats in SCHEMES.items():
+        for name in (*METHODS, PLANNED):
+            method, options = METHODS.get(name, ("vsraq", {}))
+            plan = PLANS[scheme] | {"tokens": PLAN_TOKENS}
+            yield (
+                scheme,
+                name,
+                Recipe(
                     model=str(model_path()),
                     scheme=scheme,
-                    output=str(folder / f"{scheme}-{name}"),
+                    output=str(folder / f"{scheme}-{name.replace(' ', '')}"),
                     format=formats,
                     method=method,
                     algorithm={"iters": iters, **options},
@@ -154,18 +182,9 @@ def run_demo(output: Path | None = None, *, iters: int = ITERS) -> str:
                         "enable_torch_compile": False,  # would need a C++ compiler
                         **({"layer_config": GROUPS} if scheme == "W4A16" else {}),
                     },
-                )
-                path, seconds = _export(recipe, tokenizer, calibration)
-                rows.append(
-                    Row(
-                        scheme,
-                        name,
-                        compare(load_demo_model(path), fp_model, heldout),
-                        seconds,
-                        _size(path),
-                    )
-                )
-    return format_table(rows)
+                    bits=plan if name == PLANNED else None,
+                ),
+            )
 
 
 def tune(
@@ -179,15 +198,16 @@ def tune(
         calibration: Token ids, (samples, seqlen).
 
     Returns:
-        AutoRound's run, the tuned model, and the wall time of `quantize()` in seconds.
+        AutoRound's run, the tuned model, and the wall time of `quantize()` in seconds,
+        without the time of a bit plan.
     """
-    run = build(
-        recipe,
-        model=load_model(recipe.model),
-        tokenizer=tokenizer,
-        dataset=list(calibration.split(1)),
-        device_map="cpu",
-    )
+    given = {
+        "tokenizer": tokenizer,
+        "dataset": list(calibration.split(1)),
+        "device_map": "cpu",
+    }
+    plan = bit_plan(recipe, load_model(recipe.model), **given)
+    run = build(recipe, model=load_model(recipe.model), plan=plan, **given)
     started = time.monotonic()
     tuned, _ = run.quantize()
     return run, tuned, time.monotonic() - started
@@ -203,6 +223,9 @@ def _export(
     )
     paths = [Path(p) for p in ([saved] if isinstance(saved, str) else saved)]
     for path in paths:
+        plan = plan_path(recipe)
+        if plan.is_file() and plan.parent != path:
+            shutil.copy(plan, path)
         verify(path, tuned)
     # transformers loads compressed-tensors NVFP4 experts without their global scale
     # (huggingface/transformers#48371). The auto_round export loads right, and holds
