@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tokens that a plan is measured with."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,14 +18,15 @@ def token_batches(
 
     Args:
         dataset: AutoRound's name of a data set or a file, or samples: token ids (S,)
-            or (B, S), mappings with `input_ids`, or texts.
+            or (B, S), mappings with `input_ids`, or texts. What an `attention_mask`
+            leaves out is left out.
         tokenizer: The model's.
         tokens: How many tokens at most; one sample at least.
         seqlen: Tokens of a sample, where `dataset` is a name.
         seed: Draws the samples, where `dataset` is a name.
 
     Raises:
-        ValueError: There is no sample.
+        ValueError: There is no sample, or one that is no token ids.
     """
     if tokens < 1 or seqlen < 2:
         raise ValueError(
@@ -37,7 +38,7 @@ def token_batches(
     by_length: dict[int, list[Tensor]] = {}
     left = tokens
     for sample in _rows(dataset, tokenizer):
-        if left <= 0:
+        if by_length and sample.numel() > left:
             break
         left -= sample.numel()
         by_length.setdefault(sample.shape[1], []).append(sample)
@@ -51,14 +52,26 @@ def token_batches(
     ]
 
 
-def _rows(dataset: Iterable[Any], tokenizer: Any) -> Iterable[Tensor]:
-    """Yield samples as (1, S)."""
+def _rows(dataset: Iterable[Any], tokenizer: Any) -> Iterator[Tensor]:
+    """Yield samples as (1, S), without padding."""
     for sample in dataset:
         if sample is None:  # AutoRound's loader drops samples that repeat a token
             continue
+        mask = None
         if isinstance(sample, str):
-            sample = tokenizer(sample, return_tensors="pt")
-        ids = sample if isinstance(sample, Tensor) else sample["input_ids"]
-        yield from (
-            torch.as_tensor(ids).view(-1, torch.as_tensor(ids).shape[-1]).split(1)
-        )
+            sample = tokenizer(sample)
+        if isinstance(sample, Mapping):
+            mask, sample = sample.get("attention_mask"), sample["input_ids"]
+        ids = torch.as_tensor(sample)
+        if ids.ndim not in (1, 2) or (ids.numel() and ids.is_floating_point()):
+            raise ValueError(
+                f"dataset: a sample has the shape {tuple(ids.shape)} and the type "
+                f"{ids.dtype}; allowed are token ids of the shape (S,) or (B, S)"
+            )
+        kept = torch.ones_like(ids) if mask is None else torch.as_tensor(mask)
+        kept = kept.bool().view_as(ids)
+        for row, in_row in zip(
+            torch.atleast_2d(ids), torch.atleast_2d(kept), strict=True
+        ):
+            if in_row.any():
+                yield row[in_row].long().unsqueeze(0)
