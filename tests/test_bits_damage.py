@@ -88,26 +88,34 @@ def approx(damage, rel=1e-3):
     return pytest.approx((damage.kl, damage.routing), rel=rel, abs=1e-6)
 
 
+ALL = ("experts", "_proj")
 CASES = [
-    ("solar_open", "W4A16", 32, "0.self_attn.qkv_proj"),
     ("solar_open", "W4A16", 32, "1.mlp.experts"),
     ("solar_open", "W8A16", 32, ("0.mlp.experts", "1.self_attn.o_proj")),
-    ("glm4_moe", "W3A16", 32, "1.mlp.experts"),
+    ("glm4_moe", "W3A16", 32, ALL),
+    ("gpt_oss", "W4A16", 32, "0.mlp.experts"),
+    ("solar_open", "MXFP4", None, ALL),
+    ("solar_open", "NVFP4", None, "0.mlp.experts"),
+    ("qwen2_moe", "NVFP4", None, "0.self_attn.o_proj"),
+]
+MORE = [
+    ("solar_open", "W4A16", 32, "0.self_attn.qkv_proj"),
     ("nemotron_h", "W4A16", 32, "0.mixer.out_proj"),
     ("qwen2_moe", "W2A16", 32, "0.mlp.shared_expert.gate_up_proj"),
-    ("gpt_oss", "W4A16", 32, "0.mlp.experts"),
     ("solar_open", "MXFP4", None, "0.self_attn.qkv_proj"),
     ("solar_open", "MXFP8", None, "0.mlp.experts"),
-    ("solar_open", "NVFP4", None, "0.mlp.experts"),
     ("solar_open", "NVFP4", None, "1.self_attn.qkv_proj"),
-    ("qwen2_moe", "NVFP4", None, "0.self_attn.o_proj"),
-    ("glm4_moe", "W4A16", 32, ("experts", "_proj")),  # all of them
-    ("solar_open", "MXFP4", None, ("experts", "_proj")),
-    ("solar_open", "NVFP4", None, ("experts", "_proj")),
+    ("solar_open", "NVFP4", None, ALL),
 ]
 
 
-@pytest.mark.parametrize(("family", "scheme", "group", "unit"), CASES)
+def pytest_generate_tests(metafunc):
+    if "unit" in metafunc.fixturenames:
+        full = metafunc.config.getoption("--full")
+        cases = CASES + MORE if full else CASES
+        metafunc.parametrize(("family", "scheme", "group", "unit"), cases)
+
+
 def test_equals_whole_models(family, scheme, group, unit):
     options = {} if group is None else {"group_size": group}
     found = prepare(tiny.tiny_model(family), scheme, **options)

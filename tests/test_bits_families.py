@@ -1,0 +1,103 @@
+"""Plans of every family that AutoRound runs."""
+
+import pytest
+import torch
+
+import families
+import tiny
+from family_table import WITH_IMAGES, read
+from prepared import arguments, resolve
+from vsraq.autoround.plan_bits import plan_bits
+from vsraq.checkpoint import load_model
+
+# one of each kind: run with every `pytest`, the others with --full
+SOME = [
+    "nemotron_h",  # one mixer per layer
+    "gpt_oss",  # experts that AutoRound replaces
+    "lfm2_moe",  # convolutions
+    f"qwen3_vl_moe{WITH_IMAGES}",
+]
+# The text of its two decoders is not in one list of blocks.
+TWO_DECODERS = f"dots3_note{WITH_IMAGES}"
+
+
+def pytest_generate_tests(metafunc):
+    if "family" in metafunc.fixturenames:
+        every = metafunc.config.getoption("--full")
+        working = [name for name, row in read().items() if row.works]
+        working = [name for name in working if name not in (TWO_DECODERS, *REFUSED)]
+        metafunc.parametrize("family", working if every else SOME)
+    if "refused" in metafunc.fixturenames:
+        metafunc.parametrize("refused", REFUSED)
+
+
+# Their blocks cannot be run alone.
+REFUSED = {
+    "gemma4": "IndexError",  # what follows the blocks needs token ids
+    "glm_moe_dsa": "ValueError",  # blocks hand on what the indexer has chosen
+}
+
+
+def model(family):
+    name = family.removesuffix(WITH_IMAGES)
+    return families.tiny_family(name, multimodal=True if name != family else None)
+
+
+def plan(family, **kwargs):
+    options = {"budget": "10%", "options": ["W8A16"]} | kwargs
+    return plan_bits(
+        model(family),
+        tiny.calibration(2),
+        tokens=64,
+        **arguments(group_size=32),
+        **options,
+    )
+
+
+def test_a_plan(family):
+    found = plan(family)
+    assert found.tokens == 64
+    assert 0 < found.planned.kl < found.uniform.kl
+    assert found.uniform.bytes < found.planned.bytes <= 1.1 * found.uniform.bytes
+    for unit in found.units:
+        costs = unit.candidates.values()
+        assert all(0 <= c.kl < 100 and 0 <= c.routing <= 1 for c in costs)
+        assert unit.candidates["W8A16"].bytes > unit.candidates["W4A16"].bytes
+    again = resolve(
+        model(family),
+        "W4A16",
+        "auto_round",
+        group_size=32,
+        layer_config=found.layer_config,
+    )
+    for unit in found.units:
+        bits = {"W4A16": 4, "W8A16": 8, "BF16": 16}[unit.chosen]
+        assert {again[layer]["bits"] for layer in unit.layers} == {bits}
+
+
+def test_the_same_plan_again():
+    plans = [plan("glm4_moe", budget="3%", lm_head=True) for _ in range(2)]
+    assert plans[0] == plans[1]
+    assert "lm_head" in {unit.name for unit in plans[0].units}
+
+
+@pytest.mark.usefixtures("bfloat16")
+def test_a_plan_of_a_model_on_disk(tmp_path):
+    source = tiny.save("solar_open", tmp_path / "model")
+    options = arguments(group_size=32, options=["W8A16", "BF16"], tokens=64)
+    plans = [
+        plan_bits(given, tiny.calibration(2), "W4A16", budget="20%", **options)
+        for given in (str(source), load_model(source, dtype=torch.bfloat16))
+    ]
+    assert {unit.chosen for unit in plans[0].units} > {"W4A16"}
+    assert plans[0] == plans[1]
+
+
+def test_blocks_that_cannot_be_run_alone(refused):
+    with pytest.raises(NotImplementedError, match=f"one by one.*{REFUSED[refused]}"):
+        plan(refused)
+
+
+def test_two_decoders_are_refused():
+    with pytest.raises(NotImplementedError, match="routers are not in one list of"):
+        plan(TWO_DECODERS)
