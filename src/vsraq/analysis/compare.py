@@ -28,11 +28,15 @@ class Comparison:
     Attributes:
         perplexity: exp of the mean next-token NLL of the quantized model.
         kl: Mean KL(fp || q) of the next-token distributions, nats.
+        excess_nll: Mean next-token NLL minus that of the full-precision model, nats.
+        excess_nll_error: Its standard error over the sequences; NaN for one sequence.
         jaccard: Mean Jaccard of the selected experts per MoE layer, by router name.
     """
 
     perplexity: float
     kl: float
+    excess_nll: float
+    excess_nll_error: float
     jaccard: dict[str, float]
 
     @property
@@ -117,6 +121,7 @@ def compare(
         )
     blocks = decoder_blocks(fp_model, routers)
     nll, kl = StreamingMean(), StreamingMean()
+    excess: list[Tensor] = []  # of each sequence, nats
     overlap = {router.name: StreamingMean() for router in routers}
     with torch.compiler.set_stance("force_eager"):  # hooks are not in compiled code
         for input_ids in batches:
@@ -131,26 +136,44 @@ def compare(
                 fp_head = q_head
                 if fp_model is not q_model:
                     fp_head = stack.enter_context(fp.head(fp_model, blocks))
+                differences = []
                 for part, next_ids in _chunks(input_ids):
                     q_logits = q_head(q.rows[part])
                     fp_logits = fp_head(fp.rows[part]).to(q_logits.device)
                     kl.update(output_kl(q_logits, fp_logits))
-                    known = next_ids.to(q_logits.device) >= 0
-                    losses = F.cross_entropy(
-                        q_logits.float(),
-                        next_ids.to(q_logits.device),
-                        ignore_index=_NO_TOKEN,
-                        reduction="none",
-                    )
-                    nll.update(losses[known])
+                    losses = _nll(q_logits, next_ids)
+                    differences.append((losses - _nll(fp_logits, next_ids)).cpu())
+                    nll.update(losses[next_ids.to(losses.device) >= 0])
+            by_sequence = torch.cat(differences).view(input_ids.shape)[:, :-1]
+            excess.append(by_sequence.double().mean(dim=1))
+    sequences = torch.cat(excess)
     return Comparison(
         perplexity=math.exp(nll.compute()),
         kl=kl.compute(),
+        excess_nll=sequences.mean().item(),
+        excess_nll_error=_standard_error(sequences),
         jaccard={name: mean.compute() for name, mean in overlap.items()},
     )
 
 
 _NO_TOKEN = -100
+
+
+def _nll(logits: Tensor, next_ids: Tensor) -> Tensor:
+    """Return the NLL of each token, (T,), nats; 0 where the next one is unknown."""
+    return F.cross_entropy(
+        logits.float(),
+        next_ids.to(logits.device),
+        ignore_index=_NO_TOKEN,
+        reduction="none",
+    )
+
+
+def _standard_error(values: Tensor) -> float:
+    """Return the standard error of the mean; NaN for one value."""
+    if len(values) < 2:
+        return math.nan
+    return values.std().item() / math.sqrt(len(values))
 
 
 def _chunks(input_ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
