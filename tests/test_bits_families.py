@@ -89,7 +89,7 @@ def test_a_plan(family):
 
 
 def test_the_same_plan_again():
-    plans = [plan("glm4_moe", budget="3%", lm_head=True) for _ in range(2)]
+    plans = [plan("olmoe", budget="3%", lm_head=True) for _ in range(2)]
     assert plans[0] == plans[1]
     assert "lm_head" in {unit.name for unit in plans[0].units}
 
