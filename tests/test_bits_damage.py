@@ -12,7 +12,8 @@ import tiny
 from prepared import UNQUANTIZED, arguments, prepare
 from test_capture import hook_count
 from vsraq.autoround.planning import scheme_fields
-from vsraq.autoround.unit_damage import Damage, Trial, measure_damage
+from vsraq.autoround.unit_damage import Trial, measure_damage
+from vsraq.bits.damage import Damage
 from vsraq.bits.engines import get_engine
 from vsraq.bits.units import find_units
 from vsraq.capture import RouterCapture

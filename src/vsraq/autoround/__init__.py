@@ -2,7 +2,9 @@
 """The package that imports `auto_round`; importing it registers "vsraq" there."""
 
 from auto_round.algorithms.registry import register_algorithm
+from auto_round.auto_scheme.register import register_scheme_methods
 
+from vsraq.autoround.auto_scheme import choose_by_damage
 from vsraq.autoround.config import VSRAQConfig
 from vsraq.autoround.plan_bits import plan_bits
 from vsraq.autoround.quantizer import VSRAQQuantizer
@@ -13,5 +15,6 @@ register_algorithm(
     config_factory=VSRAQConfig,
     summary="SignRound with router alignment for mixture-of-experts models.",
 )
+register_scheme_methods("vsraq")(choose_by_damage)
 
 __all__ = ["VSRAQConfig", "VSRAQQuantizer", "plan_bits", "select_tokens"]

@@ -20,7 +20,7 @@ from vsraq.autoround.planning import (
 )
 from vsraq.autoround.planning_tokens import token_batches
 from vsraq.autoround.prepared_model import PreparedModel
-from vsraq.autoround.unit_damage import Damage
+from vsraq.bits.damage import Damage
 from vsraq.bits.engines import Engine, get_engine
 from vsraq.bits.exceptions import check_layers, exceptions
 from vsraq.bits.plan import BitPlan, Cost, PlannedUnit, config_digest
@@ -128,7 +128,7 @@ def plan_bits(
         layer_config=_layer_config(prepared, units, candidates, planned, rules),
         uniform=totals.cost(candidates.base, planned.uniform),
         planned=totals.cost(planned.chosen, planned.together),
-        exponent=planned.exponent,
+        flip_kl=planned.adding.flip_kl,
         versions={p: version(p) for p in ("vsraq", "auto-round", "transformers")},
     )
 

@@ -9,15 +9,14 @@ from auto_round.schemes import BF16, QuantizationScheme, preset_name_to_scheme
 from torch import Tensor, nn
 
 from vsraq.autoround.unit_damage import (
-    Damage,
     MeasuredModel,
     SchemeFields,
     Trial,
     measure_damage,
 )
-from vsraq.bits.choice import Offer, choose
+from vsraq.bits.allocation import Metric, Priced, allocate
+from vsraq.bits.damage import Damage, DamageModel
 from vsraq.bits.engines import Engine, why_not_held
-from vsraq.bits.plan import fitted_exponent
 from vsraq.bits.sizes import layer_bytes, weight_bytes
 from vsraq.bits.units import Unit
 
@@ -167,14 +166,14 @@ class Planned:
         damages: Of each unit with each scheme, alone.
         uniform: Of all units with their base schemes.
         together: Of all units with the chosen schemes.
-        exponent: With which damages add.
+        adding: How damages add.
     """
 
     chosen: Mapping[str, str]
     damages: Mapping[tuple[str, str], Damage]
     uniform: Damage
     together: Damage
-    exponent: float
+    adding: DamageModel
 
 
 def make_plan(
@@ -187,11 +186,7 @@ def make_plan(
     *,
     progress: bool = False,
 ) -> Planned:
-    """Measure every unit with every scheme, and choose.
-
-    Errors of different layers are independent, so what they do to a router adds in its
-    squares, and damages add with an exponent p between 1 and 2. Choices are made for
-    several p, each is measured as a whole, and the best is taken.
+    """Measure every unit with every scheme, choose, and measure the choice.
 
     Args:
         model: The model.
@@ -204,66 +199,58 @@ def make_plan(
 
     Raises:
         ValueError: The smallest schemes are over the limit.
-        NotImplementedError: The model's blocks cannot be run alone.
     """
-    pairs = [(u, s) for u in units for s in candidates.schemes[u.name]]
-    zero = Damage(0.0, 0.0)
+    schemes = candidates.schemes
     trials = {
-        (u.name, s): Trial(candidates.schemes[u.name][s])
-        for u, s in pairs
-        if any(f["bits"] < 16 for f in candidates.schemes[u.name][s].values())
+        (unit.name, name): Trial(schemes[unit.name][name])
+        for unit in units
+        for name in schemes[unit.name]
+        if any(fields["bits"] < 16 for fields in schemes[unit.name][name].values())
     }
-    model.check(batches[0])
-    uniform = _trial_of(units, candidates, candidates.base)
+    whole = _trial_of(units, candidates, candidates.base)
     title = "Measuring units" if progress else None
-    found = measure_damage(model, [*trials.values(), uniform], batches, progress=title)
-    damages = dict.fromkeys([(u.name, s) for u, s in pairs], zero)
+    found = measure_damage(model, [*trials.values(), whole], batches, progress=title)
+    uniform = found[-1]
+    zero = Damage(0.0, 0.0)
+    damages = {(u.name, name): zero for u in units for name in schemes[u.name]}
     damages |= dict(zip(trials, found, strict=False))
-
-    def score(damage: Damage) -> float:
-        return sum(
-            weight * getattr(damage, name) / (getattr(found[-1], name) or 1.0)
-            for name, weight in metric.items()
-        )
-
-    base = [score(damages[u.name, candidates.base[u.name]]) for u in units]
-    exponent = fitted_exponent(base, score(found[-1]))
-    choices = []
-    for p in dict.fromkeys((1.0, exponent, 2.0)):
-        scores = {key: max(score(d), 0.0) ** p for key, d in damages.items()}
-        choice = _choose(units, candidates, sizes, scores)
-        if choice not in choices:
-            choices.append(choice)
-    title = "Measuring plans" if progress else None
-    together = measure_damage(
-        model,
-        [_trial_of(units, candidates, choice) for choice in choices],
-        batches,
-        progress=title,
+    adding = DamageModel.fit(
+        [damages[unit.name, candidates.base[unit.name]] for unit in units], uniform
     )
-    best = min(range(len(choices)), key=lambda i: score(together[i]))
-    return Planned(choices[best], damages, found[-1], together[best], exponent)
+    chosen = _choose(units, candidates, damages, adding, sizes, metric, uniform)
+    title = "Measuring the plan" if progress else None
+    whole = _trial_of(units, candidates, chosen)
+    together = measure_damage(model, [whole], batches, progress=title)[0]
+    return Planned(chosen, damages, uniform, together, adding)
 
 
 def _choose(
     units: Sequence[Unit],
     candidates: Candidates,
+    damages: Mapping[tuple[str, str], Damage],
+    adding: DamageModel,
     sizes: Sizes,
-    scores: Mapping[tuple[str, str], float],
+    metric: Mapping[str, float],
+    uniform: Damage,
 ) -> dict[str, str]:
-    offers = [
+    priced = [
         {
-            scheme: Offer(
-                sizes.of[unit.name, scheme],
-                sizes.of[unit.name, scheme] * unit.read,
-                scores[unit.name, scheme],
+            name: Priced(
+                sizes.of[unit.name, name],
+                sizes.of[unit.name, name] * unit.read,
+                damages[unit.name, name],
             )
-            for scheme in candidates.schemes[unit.name]
+            for name in candidates.schemes[unit.name]
         }
         for unit in units
     ]
-    chosen = choose(offers, sizes.limit, sizes.active_limit)
-    return {unit.name: scheme for unit, scheme in zip(units, chosen, strict=True)}
+    weights = Metric(
+        metric.get("kl", 0.0) / (uniform.kl or 1.0),
+        metric.get("routing", 0.0) / (uniform.routing or 1.0),
+    )
+    base = [candidates.base[unit.name] for unit in units]
+    chosen = allocate(priced, base, adding, weights, sizes.limit, sizes.active_limit)
+    return {unit.name: name for unit, name in zip(units, chosen, strict=True)}
 
 
 def _trial_of(

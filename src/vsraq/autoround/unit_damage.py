@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from vsraq.autoround.block_copy import copy_block, split_experts
 from vsraq.autoround.rounded_layer import copy_layer, rounded_layer
+from vsraq.bits.damage import Damage
 from vsraq.block_stream import BlockCall, BlockCalls, why_not_alone
 from vsraq.capture import RouterCapture
 from vsraq.metrics import StreamingMean, jaccard, output_kl
@@ -51,20 +52,6 @@ class Trial:
             for name, fields in self.schemes.items()
             if name.startswith(prefix)
         }
-
-
-@dataclass(frozen=True)
-class Damage:
-    """What rounding does to a model, on the mean over the tokens.
-
-    Attributes:
-        kl: KL(full precision || rounded) of the output, nats.
-        routing: 1 - Jaccard of the selected experts, on the mean over the model's
-            routers.
-    """
-
-    kl: float
-    routing: float
 
 
 @dataclass(frozen=True)

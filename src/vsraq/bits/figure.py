@@ -121,9 +121,11 @@ def _style(index: int) -> tuple[str, str]:
 
 
 def _log(axes: Any) -> None:
-    """Make an axis logarithmic, with two numbers on it at least."""
+    """Make an axis logarithmic, with several numbers on it."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
+    if not any(y > 0 for line in axes.lines for y in line.get_ydata()):
+        return  # it has no logarithm
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     subs = (1,) if high / low > 1e3 else (1, 2, 5)

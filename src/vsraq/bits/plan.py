@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from vsraq.bits.damage import Damage, DamageModel
 from vsraq.checkpoint.planned import PLAN_FORMAT, PlannedLayers, config_digest
 from vsraq.whole_file import write_whole
 
-__all__ = ["BitPlan", "Cost", "PlannedUnit", "combined", "config_digest"]
+__all__ = ["BitPlan", "Cost", "PlannedUnit", "config_digest"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class BitPlan:
         layer_config: What `AutoRound(layer_config=...)` takes.
         uniform: The cost with the scheme in every unit, measured.
         planned: The cost of the plan, all units rounded together, measured.
-        exponent: p, with which damages add: D = (sum of d^p)^(1/p).
+        flip_kl: How damages add; see `DamageModel`.
         versions: Packages that made it.
         settings: Those of the recipe that it was made with; empty without one.
     """
@@ -96,7 +97,7 @@ class BitPlan:
     layer_config: Mapping[str, Mapping[str, Any]]
     uniform: Cost
     planned: Cost
-    exponent: float
+    flip_kl: float
     versions: Mapping[str, str]
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -117,10 +118,14 @@ class BitPlan:
         return sum(unit.cost.kl for unit in self.units)
 
     @property
+    def predicted(self) -> Damage:
+        """The damage that the units' own damages predict."""
+        return DamageModel(self.flip_kl).together(unit.cost for unit in self.units)
+
+    @property
     def predicted_kl(self) -> float:
-        """The KL that the units' own KLs predict, nats: (sum of d^p)^(1/p)."""
-        kls = [unit.cost.kl for unit in self.units]
-        return combined(kls, self.exponent)
+        """The KL that the units' own damages predict, nats."""
+        return self.predicted.kl
 
     def check(self, config: Any, scheme: str) -> None:
         """Refuse a model or a scheme that the plan was not made for.
@@ -199,39 +204,3 @@ def _unit(content: Mapping[str, Any]) -> PlannedUnit:
     candidates = {n: Cost(**cost) for n, cost in content["candidates"].items()}
     values = dict(content) | {"candidates": candidates}
     return PlannedUnit(**values | {"layers": tuple(content["layers"])})
-
-
-def combined(damages: list[float], exponent: float) -> float:
-    """Combine damages: (sum of d^p)^(1/p).
-
-    A router changes its choice where the noise exceeds a margin, so damage grows with
-    the noise's amplitude (p = 2), while the damage along a fixed path grows with its
-    square (p = 1): independent errors add in their squares.
-
-    Args:
-        damages: Each at least 0.
-        exponent: p.
-    """
-    return float(sum(max(d, 0.0) ** exponent for d in damages) ** (1 / exponent))
-
-
-def fitted_exponent(damages: list[float], together: float) -> float:
-    """Find p for which damages combine to what was measured of all together.
-
-    Args:
-        damages: Each measured alone.
-        together: Measured with all of them.
-
-    Returns:
-        p, from 1 to 4.
-    """
-    low, high = 1.0, 4.0
-    if combined(damages, low) <= together:
-        return low
-    for _ in range(50):
-        middle = (low + high) / 2
-        if combined(damages, middle) > together:
-            low = middle
-        else:
-            high = middle
-    return low

@@ -51,13 +51,12 @@ def format_plan(plan: BitPlan) -> str:
 
 def by_size(plan: BitPlan) -> list[str]:
     """Return the names of all schemes of a plan, the smallest first."""
-    sizes: dict[str, float] = {}
+    sizes = {plan.scheme: 1.0}
     for unit in plan.units:
-        base = unit.candidates[unit.base].bytes
+        known = next((n for n in unit.candidates if n in sizes), unit.base)
+        scale = sizes.get(known, 1.0) / unit.candidates[known].bytes
         for name, cost in unit.candidates.items():
-            sizes.setdefault(name, cost.bytes / base)
-            if unit.base == plan.scheme:
-                sizes[name] = cost.bytes / base
+            sizes.setdefault(name, scale * cost.bytes)
     return sorted(sizes, key=lambda name: sizes[name])
 
 
@@ -122,8 +121,8 @@ def _summary(plan: BitPlan) -> list[str]:
         f"  uniform  {_cost(uniform)}",
         f"  plan     {_cost(planned)}",
         f"           {', '.join(f'{value} {n}' for n, value in change.items())}",
-        f"  KL predicted for the plan {plan.predicted_kl:.5f} (damages add with p = "
-        f"{plan.exponent:.2f}); sum of the units' own {plan.sum_kl:.5f}",
+        f"  KL predicted for the plan {plan.predicted_kl:.5f} ({plan.flip_kl:.3f} of "
+        f"each changed choice); sum of the units' own {plan.sum_kl:.5f}",
     ]
 
 

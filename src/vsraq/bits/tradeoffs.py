@@ -5,11 +5,13 @@ import re
 from collections import defaultdict
 from typing import NamedTuple
 
-from vsraq.bits.choice import Offer, choose
-from vsraq.bits.plan import BitPlan, Cost, combined, fitted_exponent
+from vsraq.bits.allocation import Metric, Priced, allocate
+from vsraq.bits.damage import Damaged, DamageModel
+from vsraq.bits.plan import BitPlan
 
 MIB = 2**20
 _BLOCK = re.compile(r"^.*?\.(\d+)\.(.+)$")
+_METRICS = {"kl": Metric(1.0, 0.0), "routing": Metric(0.0, 1.0)}
 _BUDGETS = 24  # steps of the curve
 _MOST = 0.10  # more bytes than the uniform export, at most
 
@@ -77,18 +79,12 @@ def budget_curve(plan: BitPlan, metric: str) -> tuple[list[int], list[float]]:
         Sizes of exports, from the smallest to a tenth more than the uniform one, and
         the damage that is predicted for each.
     """
-    exponent = metric_exponent(plan, metric)
-    offers = [
-        {
-            name: Offer(
-                cost.bytes,
-                cost.active_bytes,
-                max(damage_of(cost, metric), 0.0) ** exponent,
-            )
-            for name, cost in unit.candidates.items()
-        }
+    adding, weights = DamageModel(plan.flip_kl), _METRICS[metric]
+    units = [
+        {n: Priced(c.bytes, c.active_bytes, c) for n, c in unit.candidates.items()}
         for unit in plan.units
     ]
+    base = [unit.base for unit in plan.units]
     costs = [[c.bytes for c in unit.candidates.values()] for unit in plan.units]
     smallest, largest = sum(map(min, costs)), sum(map(max, costs))
     own = sum(unit.candidates[unit.base].bytes for unit in plan.units)
@@ -99,12 +95,12 @@ def budget_curve(plan: BitPlan, metric: str) -> tuple[list[int], list[float]]:
     for step in range(_BUDGETS + 1):
         limit = smallest + (top - smallest) * step / _BUDGETS
         try:
-            chosen = choose(offers, limit, active)
+            chosen = allocate(units, base, adding, weights, limit, active)
         except ValueError:  # nothing within the active budget
             continue
         taken = [u.candidates[n] for u, n in zip(plan.units, chosen, strict=True)]
         sizes.append(plain + sum(cost.bytes for cost in taken))
-        found.append(combined([damage_of(cost, metric) for cost in taken], exponent))
+        found.append(weights.of(adding.together(taken)))
     return sizes, found
 
 
@@ -117,20 +113,11 @@ def _active_limit(plan: BitPlan) -> float | None:
     return own + more * plan.uniform.active_bytes
 
 
-def metric_exponent(plan: BitPlan, metric: str) -> float:
-    """Return p for one metric: the plan's, if it was made for that metric."""
-    if plan.metric == metric:
-        return plan.exponent
-    base = [damage_of(unit.candidates[unit.base], metric) for unit in plan.units]
-    return fitted_exponent(base, damage_of(plan.uniform, metric))
-
-
 def plan_damage(plan: BitPlan, metric: str) -> float:
     """Return the damage that is predicted for a plan."""
-    damages = [damage_of(unit.cost, metric) for unit in plan.units]
-    return combined(damages, metric_exponent(plan, metric))
+    return damage_of(plan.predicted, metric)
 
 
-def damage_of(cost: Cost, metric: str) -> float:
+def damage_of(cost: Damaged, metric: str) -> float:
     """Return one of the damages of a cost: "kl" or "routing"."""
     return float(getattr(cost, metric))
