@@ -92,7 +92,8 @@ def test_the_demo_runs_end_to_end(full, monkeypatch, tmp_path):
     monkeypatch.setattr(run, "METHODS", methods)
     monkeypatch.setattr(run, "PLAN_TOKENS", 4096 if full else 256)
     monkeypatch.setattr(run, "HELDOUT_WINDOWS", 8)
-    monkeypatch.setattr(run, "CALIBRATION_SAMPLES", 8)
+    # with 8, NVFP4 rounds all inputs of an expert to 0, and its gradient is NaN
+    monkeypatch.setattr(run, "CALIBRATION_SAMPLES", 16)
     table = run.run_demo(tmp_path / "exports", iters=1).splitlines()
     assert table[0].split() == (
         "scheme method ppl KL Jaccard L0 L1 L2 L3 L4 L5 seconds MiB".split()
