@@ -1,5 +1,7 @@
 """Plans of every family that AutoRound runs."""
 
+import re
+
 import pytest
 import torch
 
@@ -46,6 +48,13 @@ REFUSED = {
 }
 
 
+# AutoRound 0.16.1 fails with any layer_config: it renames the keys with a wrong pattern.
+NO_LAYER_CONFIG = {
+    f"{name}{WITH_IMAGES}"
+    for name in ("deepseek_ocr2", "kimi_k25", "minimax_m3_vl", "unlimited_ocr")
+}
+
+
 def model(family):
     name = family.removesuffix(WITH_IMAGES)
     made = families.tiny_family(name, multimodal=True if name != family else None)
@@ -76,13 +85,12 @@ def test_a_plan(family):
         costs = unit.candidates.values()
         assert all(0 <= c.kl < 100 and 0 <= c.routing <= 1 for c in costs)
         assert unit.candidates["W8A16"].bytes > unit.candidates["W4A16"].bytes
-    again = resolve(
-        model(family),
-        "W4A16",
-        "auto_round",
-        group_size=32,
-        layer_config=found.layer_config,
-    )
+    options = {"group_size": 32, "layer_config": found.layer_config}
+    if family in NO_LAYER_CONFIG:
+        with pytest.raises(re.error, match="invalid group reference"):
+            resolve(model(family), "W4A16", "auto_round", **options)
+        return
+    again = resolve(model(family), "W4A16", "auto_round", **options)
     for unit in found.units:
         bits = {"W4A16": 4, "W8A16": 8, "BF16": 16}[unit.chosen]
         assert {again[layer]["bits"] for layer in unit.layers} == {bits}
