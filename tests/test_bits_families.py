@@ -48,7 +48,7 @@ REFUSED = {
 }
 
 
-# AutoRound 0.16.1 fails with any layer_config: it renames the keys with a wrong pattern.
+# AutoRound 0.16.1 fails with any layer_config: it renames keys with a wrong pattern.
 NO_LAYER_CONFIG = {
     f"{name}{WITH_IMAGES}"
     for name in ("deepseek_ocr2", "kimi_k25", "minimax_m3_vl", "unlimited_ocr")
