@@ -152,7 +152,7 @@ def test_bad_arguments_of_the_plan_command(root, tmp_path, capsys, monkeypatch):
         (["--options", "W3A61"], "bits.options=['W3A61']: allowed is a list"),
         (["--options", "W3A16"], "bits: W3A16 is not allowed, because vllm loads int"),
         (["--figure", "plan.pdf"], "figure='plan.pdf': allowed is a name that ends"),
-        (["--figure", "/proc/plan.png"], "--figure='/proc/plan.png': /proc cannot be"),
+        (["--figure", "/proc/plan.png"], "--figure='/proc': /proc cannot be written"),
         ([f"bits={root / 'plan.json'}"], "the recipe has a bit plan already"),
         ([f"model={root / 'dense'}"], "a llama has no MoE router"),
     ):

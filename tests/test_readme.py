@@ -69,7 +69,8 @@ def test_every_shell_line_is_a_command_of_this_project(
             # of the export of a model that is not here; has a test of its own
             if command in ("verify", "demo"):
                 continue
-            assert command == "quantize"
+            assert command in ("plan", "quantize")
+            arguments = [a.replace("out/plan", f"{tmp_path}/plan") for a in arguments]
             smaller = [
                 f"model={model_path()}",
                 f"output={tmp_path / 'out'}",
@@ -80,6 +81,7 @@ def test_every_shell_line_is_a_command_of_this_project(
                 "calibration.seqlen=64",
                 "runtime.enable_torch_compile=false",
                 "runtime.device_map=cpu",
+                *(["--tokens=256"] if command == "plan" else []),
             ]
             assert main([*arguments, *smaller]) == 0
         else:
