@@ -70,17 +70,17 @@ class PlannedLayers:
         entries: Mapping[str, Mapping[str, Any]],
         layers: Iterable[str],
     ) -> None:
-        self._default = dict(default)
+        self._default: dict[str, Any] = dict(default)
         self._layers = tuple(layers)
-        entries = {name: dict(fields) for name, fields in entries.items()}
+        own = {name: dict(fields) for name, fields in entries.items()}
         # a module's name may end with a dot, so that it begins no other name
         self._names = {
-            n.removesuffix("."): f for n, f in entries.items() if not _META.search(n)
+            n.removesuffix("."): f for n, f in own.items() if not _META.search(n)
         }
         self._patterns = [
             # what stands before a pattern's first sign is compared first: it is faster
             (_META.split(name)[0].removesuffix("."), to_pattern(name), fields)
-            for name, fields in entries.items()
+            for name, fields in own.items()
             if _META.search(name)
         ]
 
@@ -93,13 +93,13 @@ class PlannedLayers:
     def __getitem__(self, layer: str) -> dict[str, Any]:
         for head, pattern, fields in self._patterns:
             if head in layer and pattern.search(layer):
-                return self._default | fields
+                return {**self._default, **fields}
         parts = layer.split(".")
         for depth in range(len(parts), 0, -1):
             found = self._names.get(".".join(parts[:depth]))
             if found is not None:
-                return self._default | found
-        return self._default
+                return {**self._default, **found}
+        return dict(self._default)
 
 
 def to_pattern(name: str) -> re.Pattern[str]:
