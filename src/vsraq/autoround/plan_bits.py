@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vsraq.plan_bits`: which layers get more bits, and which fewer, before a run."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from vsraq.autoround.planning import (
     unit_bytes,
     why_refused,
 )
+from vsraq.autoround.planning_cost import planning_cost
 from vsraq.autoround.planning_tokens import token_batches
 from vsraq.autoround.prepared_model import PreparedModel
 from vsraq.bits.damage import Damage
@@ -27,7 +29,10 @@ from vsraq.bits.plan import BitPlan, Cost, PlannedUnit, config_digest
 from vsraq.bits.sizes import plain_bytes
 from vsraq.bits.units import Unit, find_units
 
+logger = logging.getLogger("autoround.vsraq")
+
 _METRICS = ("kl", "routing")
+_OFF = 0.3  # of the measured KL: a prediction that is further away is warned about
 
 
 def plan_bits(
@@ -43,6 +48,7 @@ def plan_bits(
     export_format: str = "auto_round",
     lm_head: bool = False,
     tokens: int = 4096,
+    state_memory: int | None = None,
     seqlen: int = 2048,
     seed: int = 42,
     progress: bool = False,
@@ -73,6 +79,8 @@ def plan_bits(
         export_format: AutoRound's name of the export format.
         lm_head: Whether the output projection is a unit too.
         tokens: How many tokens are measured with.
+        state_memory: The most bytes that the hidden states of all streams may take on
+            the CPU; more would lower `tokens`. None for any; see `PlanningCost`.
         seqlen: Tokens of a sample, where `dataset` is a name.
         seed: Draws the samples, where `dataset` is a name.
         progress: Whether progress bars are shown.
@@ -109,11 +117,15 @@ def plan_bits(
     plain = plain_bytes(prepared.module, planned_layers, prepared.widths)
     totals = _Totals(units, bytes_of, plain, _embedding_bytes(prepared.module))
     sizes = _sizes(totals, candidates, budget, active_budget)
-    batches = token_batches(dataset, prepared.tokenizer, tokens, seqlen, seed)
+    cost = planning_cost(prepared, units, candidates, tokens)
+    if state_memory is not None:
+        cost = cost.within(state_memory, seqlen)
+    logger.info("vsraq: measuring %d units: %s", len(units), cost)
+    batches = token_batches(dataset, prepared.tokenizer, cost.tokens, seqlen, seed)
     planned = make_plan(
         prepared.model, units, candidates, batches, sizes, weights, progress=progress
     )
-    return BitPlan(
+    plan = BitPlan(
         model=prepared.name,
         config_digest=config_digest(prepared.module.config),
         scheme=scheme,
@@ -131,6 +143,20 @@ def plan_bits(
         flip_kl=planned.adding.flip_kl,
         versions={p: version(p) for p in ("vsraq", "auto-round", "transformers")},
     )
+    _warn_of_prediction(plan)
+    return plan
+
+
+def _warn_of_prediction(plan: BitPlan) -> None:
+    """Say where a plan does something else than its units alone."""
+    if abs(plan.predicted_kl - plan.planned.kl) > _OFF * plan.planned.kl:
+        logger.warning(
+            "vsraq: the units of the plan predict a KL of %.5f, and together they have "
+            "%.5f: measure with more tokens, or compare the plan with the uniform "
+            "scheme on your own data",
+            plan.predicted_kl,
+            plan.planned.kl,
+        )
 
 
 def default_options(scheme: str, engine: Engine, export_format: str) -> list[str]:

@@ -16,8 +16,7 @@ class PlanningCost:
 
     Attributes:
         streams: S.
-        passes: Passes of a block, of all streams, the second pass with whole plans
-            included.
+        passes: Passes of a block, of all streams, those of the whole plan included.
         tokens: N.
         hidden: H.
         value_bytes: Bytes of a value.
@@ -60,8 +59,8 @@ class PlanningCost:
             read_weights: Those that one token reads.
             head_weights: Weights of the output projection.
         """
-        # full precision, and three whole plans with full precision beside them
-        passes = sum(blocks - start for start in starts) + (1 + 4) * blocks
+        # full precision, and the whole plan with full precision beside it
+        passes = sum(blocks - start for start in starts) + 3 * blocks
         return cls(
             len(starts),
             passes,
@@ -76,13 +75,14 @@ class PlanningCost:
     @property
     def state_bytes(self) -> int:
         """Bytes of the hidden states of all streams, on the CPU."""
+        # full precision before and after a block, too
         return (self.streams + 2) * self.tokens * self.hidden * self.value_bytes
 
     @property
     def operations(self) -> float:
         """Floating-point operations: 2 per weight and token."""
         blocks = 2.0 * self.passes * self.tokens * self.read_weights
-        return blocks + 2.0 * (self.streams + 4) * self.tokens * self.head_weights
+        return blocks + 2.0 * (self.streams + 3) * self.tokens * self.head_weights
 
     @property
     def traffic(self) -> float:

@@ -199,7 +199,8 @@ def _draw_budgets(axes: Any, plan: BitPlan) -> None:
             share,
             factor * value,
             marker,
-            markersize=5.5,
+            # a ring around the measured value, if they are equal
+            markersize=8.5 if fill == "white" else 5.5,
             markerfacecolor=fill,
             markeredgecolor=orange if fill == orange else blue,
             label=f"{label} ({note})",

@@ -12,7 +12,7 @@ from vsraq.bits.plan import BitPlan
 MIB = 2**20
 _BLOCK = re.compile(r"^.*?\.(\d+)\.(.+)$")
 _METRICS = {"kl": Metric(1.0, 0.0), "routing": Metric(0.0, 1.0)}
-_BUDGETS = 24  # steps of the curve
+_BUDGETS = 16  # steps of the curve
 _MOST = 0.10  # more bytes than the uniform export, at most
 
 

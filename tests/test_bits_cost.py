@@ -1,0 +1,108 @@
+"""What planning costs, said beforehand, and what it really takes."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, SolarOpenConfig
+
+import tiny
+import vsraq
+from vsraq.autoround import unit_damage
+from vsraq.bits.cost import PlanningCost
+from vsraq.bits.shares import byte_shares
+
+SIZES = {
+    "tokens": 100,
+    "hidden": 8,
+    "value_bytes": 2,
+    "block_weights": 1000.0,
+    "read_weights": 100.0,
+    "head_weights": 50,
+}
+
+
+def test_the_parts_of_the_cost():
+    cost = PlanningCost.of([0, 0, 1, 2], 3, **SIZES)
+    assert cost.streams == 4
+    assert cost.passes == 3 + 3 + 2 + 1 + 3 * 3
+    assert cost.state_bytes == 6 * 100 * 8 * 2
+    assert cost.operations == 2 * 18 * 100 * 100 + 2 * 7 * 100 * 50
+    assert cost.seconds(1e4, 1e5) == pytest.approx(cost.operations / 1e4 + 0.36)
+
+
+def test_a_limit_of_memory_lowers_the_tokens():
+    cost = PlanningCost.of([0] * 4, 3, **SIZES)
+    assert cost.within(cost.state_bytes, 10) == cost
+    assert cost.within(cost.state_bytes // 2, 10).tokens == 50
+    assert cost.within(cost.state_bytes // 2 - 1, 10).tokens == 40
+    with pytest.raises(ValueError, match="streams of one sample of 10 tokens take"):
+        cost.within(100, 10)
+
+
+def test_a_plan_measures_what_its_cost_says(monkeypatch, vsraq_log):
+    passes = []
+    call = unit_damage._BlockRun.__call__
+
+    def count(self, states):
+        passes.append(sum(s.shape[0] * s.shape[1] for s in states))
+        return call(self, states)
+
+    monkeypatch.setattr(unit_damage._BlockRun, "__call__", count)
+    arguments = {"tokenizer": tiny.tiny_tokenizer(), "device_map": "cpu"}
+    plan = vsraq.plan_bits(
+        tiny.tiny_model("olmoe"),
+        tiny.calibration(8),
+        "W4A16",
+        options=["W3A16", "W8A16"],
+        budget="10%",
+        state_memory=17 * 2 * tiny.SEQLEN * 64 * 4,  # 15 streams of two samples
+        seqlen=tiny.SEQLEN,
+        group_size=32,
+        enable_torch_compile=False,
+        **arguments,
+    )
+    # q/k/v, o and experts of two blocks in 4 and 8 bits, experts in 3, the uniform one
+    assert plan.tokens == 2 * tiny.SEQLEN
+    assert set(passes) == {plan.tokens}
+    line = next(m for m in vsraq_log if "measuring" in m)
+    said = int(line.split(" passes")[0].split()[-1])
+    assert len(passes) == said
+
+
+def test_a_plan_of_a_large_model_takes_less_than_an_hour():
+    """Solar-Open-100B on one accelerator, at a tenth of what it reaches."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(SolarOpenConfig())
+    blocks = model.model.layers
+    weights = sum(p.numel() for p in blocks.parameters()) / len(blocks)
+    experts = sum(p.numel() for p in blocks[1].mlp.experts.parameters())
+    # q/k/v, o, gate/up and down of the shared expert in 4, 5, 6, 8 bits, the experts
+    # in 2 to 8
+    starts = [index for index in range(len(blocks)) for _ in range(4 * 4 + 6)]
+    cost = PlanningCost.of(
+        starts,
+        len(blocks),
+        tokens=4096,
+        hidden=model.config.hidden_size,
+        value_bytes=2,
+        block_weights=weights,
+        read_weights=weights - experts * (1 - 8 / 128),
+        head_weights=model.lm_head.weight.numel(),
+    )
+    assert cost.state_bytes < 40e9
+    assert cost.seconds(operations_per_second=1e14, bytes_per_second=4.8e11) < 3600
+
+
+def test_shares_of_bytes():
+    model = tiny.tiny_model("solar_open")
+    shares = byte_shares(model)
+    assert sum(share.stored for share in shares.values()) == pytest.approx(1)
+    assert sum(share.active for share in shares.values()) == pytest.approx(1)
+    layer = model.model.layers[0]
+    experts = sum(p.numel() for p in layer.mlp.experts.parameters())
+    attention = sum(p.numel() for p in layer.self_attn.parameters() if p.ndim == 2)
+    kinds = shares["routed experts"], shares["attention"]
+    assert kinds[0].stored / kinds[1].stored == pytest.approx(experts / attention)
+    read = experts * tiny.TOP_K / tiny.EXPERTS
+    assert kinds[0].active / kinds[1].active == pytest.approx(read / attention)
+    assert shares["dense MLP"].stored == 0
+    assert byte_shares(tiny.tiny_model("glm4_moe"))["dense MLP"].stored > 0
