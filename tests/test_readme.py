@@ -137,12 +137,14 @@ def test_the_readme_is_short():
 def test_the_public_names():
     assert vsraq.__all__ == sorted(vsraq.__all__)
     assert set(vsraq.__all__) == {
+        "BitPlan",
         "OBJECTIVES",
         "Objective",
         "Router",
         "VSRAQConfig",
         "__version__",
         "find_routers",
+        "plan_bits",
         "realign_routers",
         "select_tokens",
     }

@@ -3,30 +3,24 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from torch import Tensor, nn
-
+from vsraq.autoround.export_sizes import ExportSizes
 from vsraq.autoround.planning import (
     Candidates,
     Planned,
-    Sizes,
     find_candidates,
     make_plan,
     scheme_fields,
-    unit_bytes,
     why_refused,
 )
 from vsraq.autoround.planning_cost import planning_cost
 from vsraq.autoround.planning_tokens import token_batches
 from vsraq.autoround.prepared_model import PreparedModel
-from vsraq.bits.damage import Damage
 from vsraq.bits.engines import Engine, get_engine
 from vsraq.bits.exceptions import check_layers, exceptions
 from vsraq.bits.plan import BitPlan, Cost, PlannedUnit, config_digest
-from vsraq.bits.sizes import plain_bytes
 from vsraq.bits.units import Unit, find_units
 
 logger = logging.getLogger("autoround.vsraq")
@@ -106,24 +100,15 @@ def plan_bits(
     candidates = find_candidates(
         units, layers, scheme, [o.upper() for o in options], rules, export_format
     )
-    bytes_of = {
-        (unit.name, name): unit_bytes(
-            prepared.module, schemes, export_format, prepared.widths
-        )
-        for unit in units
-        for name, schemes in candidates.schemes[unit.name].items()
-    }
-    planned_layers = [n for u in units for n in u.layers]
-    plain = plain_bytes(prepared.module, planned_layers, prepared.widths)
-    totals = _Totals(units, bytes_of, plain, _embedding_bytes(prepared.module))
-    sizes = _sizes(totals, candidates, budget, active_budget)
+    sizes = ExportSizes.of(prepared, units, candidates, export_format)
+    allowed = sizes.within(budget, active_budget)
     cost = planning_cost(prepared, units, candidates, tokens)
     if state_memory is not None:
         cost = cost.within(state_memory, seqlen)
     logger.info("vsraq: measuring %d units: %s", len(units), cost)
     batches = token_batches(dataset, prepared.tokenizer, cost.tokens, seqlen, seed)
     planned = make_plan(
-        prepared.model, units, candidates, batches, sizes, weights, progress=progress
+        prepared.model, units, candidates, batches, allowed, weights, progress=progress
     )
     plan = BitPlan(
         model=prepared.name,
@@ -135,11 +120,11 @@ def plan_bits(
         active_budget=active_budget,
         metric=metric if isinstance(metric, str) else str(dict(metric)),
         tokens=sum(ids.numel() for ids in batches),
-        units=_planned_units(units, candidates, planned, bytes_of),
+        units=_planned_units(units, candidates, planned, sizes.bytes_of),
         default=dict(prepared.default),
         layer_config=_layer_config(prepared, units, candidates, planned, rules),
-        uniform=totals.cost(candidates.base, planned.uniform),
-        planned=totals.cost(planned.chosen, planned.together),
+        uniform=sizes.cost(candidates.base, planned.uniform),
+        planned=sizes.cost(planned.chosen, planned.together),
         flip_kl=planned.adding.flip_kl,
         versions={p: version(p) for p in ("vsraq", "auto-round", "transformers")},
     )
@@ -179,52 +164,6 @@ def default_options(scheme: str, engine: Engine, export_format: str) -> list[str
         if name != scheme
         and not why_refused(scheme_fields(name), default, engine, export_format)
     ]
-
-
-@dataclass(frozen=True)
-class _Totals:
-    """Bytes of whole exports."""
-
-    units: Sequence[Unit]
-    bytes_of: Mapping[tuple[str, str], int]
-    plain: int
-    embedding: int
-
-    @property
-    def plain_active(self) -> int:
-        """What a token reads of the tensors that no unit has: all but embeddings."""
-        return self.plain - self.embedding
-
-    def bytes(self, choice: Mapping[str, str]) -> int:
-        """Bytes of all tensors."""
-        return self.plain + sum(
-            self.bytes_of[u.name, choice[u.name]] for u in self.units
-        )
-
-    def active(self, choice: Mapping[str, str]) -> float:
-        """Bytes that one token reads."""
-        return self.plain_active + sum(
-            self.bytes_of[u.name, choice[u.name]] * u.read for u in self.units
-        )
-
-    def cost(self, choice: Mapping[str, str], damage: Damage) -> Cost:
-        """The cost of a choice."""
-        sizes = self.bytes(choice), self.active(choice)
-        return Cost(*sizes, damage.kl, damage.routing)
-
-
-def _sizes(
-    totals: _Totals,
-    candidates: Candidates,
-    budget: str | int,
-    active_budget: str | None,
-) -> Sizes:
-    limit = _allowed("budget", budget, totals.bytes(candidates.base)) - totals.plain
-    if active_budget is None:
-        return Sizes(totals.bytes_of, limit)
-    uniform = totals.active(candidates.base)
-    active = _allowed("active_budget", active_budget, uniform) - totals.plain_active
-    return Sizes(totals.bytes_of, limit, active)
 
 
 def _layer_config(
@@ -268,28 +207,3 @@ def _metric(metric: str | Mapping[str, float]) -> dict[str, float]:
             "these to weights >= 0, not all of them 0"
         )
     return weights
-
-
-def _allowed(name: str, budget: str | int, uniform: float) -> float:
-    """Return the bytes that a budget allows."""
-    if isinstance(budget, int) and not isinstance(budget, bool):
-        return uniform + budget
-    text = str(budget).strip()
-    try:
-        if not text.endswith("%"):
-            raise ValueError
-        return uniform * (1 + float(text[:-1]) / 100)
-    except ValueError:
-        raise ValueError(
-            f"{name}={budget!r}: allowed is a share of the uniform export, such as "
-            '"3%" or "-1%", or a number of bytes'
-        ) from None
-
-
-def _embedding_bytes(model: nn.Module) -> int:
-    """Bytes of the input embedding, of which a token reads one row."""
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    if getattr(model.config, "tie_word_embeddings", False):
-        return 0  # the output projection reads all of it
-    weight: Tensor = embedding.weight
-    return weight.numel() * weight.element_size()
