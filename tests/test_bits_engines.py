@@ -124,8 +124,8 @@ def test_three_bits_are_refused():
         find_candidates([unit], layers, "W4A16", ["W4A16G64"], vllm, "auto_round")
     dense = Unit("a.o_proj", ("a.o_proj",))
     rules = get_engine(None)
-    with pytest.raises(ValueError, match=r"no unit may have W3A16: .* routed experts"):
-        find_candidates([dense], layers, "W4A16", ["W3A16"], rules, "auto_round")
+    with pytest.raises(ValueError, match=r"no unit may have W2A16: .* routed experts"):
+        find_candidates([dense], layers, "W4A16", ["W2A16"], rules, "auto_round")
 
 
 GROUP = {"group_size": 64}

@@ -191,3 +191,12 @@ def test_structure(family):
             if part not in NOT_FUSED:
                 siblings[parent].add(unit_of[layer].name)
         assert all(len(names) == 1 for names in siblings.values()), siblings
+
+
+def test_without_an_engine_that_fuses_only_experts_are_one():
+    units = units_of(prepared("qwen2_moe"), None)
+    assert units == units_of(prepared("qwen2_moe"), "transformers")
+    assert kinds(units) == EXPERTS | {
+        **{f"self_attn.{part}_proj": (1, 1.0) for part in "qkvo"},
+        **{f"mlp.shared_expert.{p}_proj": (1, 1.0) for p in ("gate", "up", "down")},
+    }

@@ -24,7 +24,7 @@ class ExportSizes:
         units: The units.
         base: Each unit's scheme in the uniform export, by the unit's name.
         bytes_of: Of a unit with a scheme, by their names.
-        plain: Of all other tensors.
+        plain: Of all other tensors, quantized ones outside of the units included.
         embedding: Those among them of which a token reads one row.
     """
 
@@ -50,8 +50,14 @@ class ExportSizes:
             for unit in units
             for name, schemes in candidates.schemes[unit.name].items()
         }
-        layers = [layer for unit in units for layer in unit.layers]
-        plain = plain_bytes(prepared.module, layers, prepared.widths)
+        layers = {layer for unit in units for layer in unit.layers}
+        outside = {
+            layer: fields
+            for layer, fields in prepared.all_layers.items()
+            if fields["bits"] < 16 and layer not in layers
+        }
+        plain = plain_bytes(prepared.module, layers | set(outside), prepared.widths)
+        plain += unit_bytes(prepared.module, outside, export_format, prepared.widths)
         embedding = _embedding_bytes(prepared.module)
         return cls(units, candidates.base, bytes_of, plain, embedding)
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
+from torch import Tensor
+
 from vsraq.autoround.export_sizes import ExportSizes
 from vsraq.autoround.planning import (
     Candidates,
@@ -45,6 +47,7 @@ def plan_bits(
     state_memory: int | None = None,
     seqlen: int = 2048,
     seed: int = 42,
+    router_pattern: str | None = None,
     progress: bool = False,
     **kwargs: Any,
 ) -> BitPlan:
@@ -67,7 +70,7 @@ def plan_bits(
             `default_options` names.
         budget: Bytes beyond the uniform export's: "3%" of it, or a number of bytes.
             "0%" raises some layers and lowers others.
-        active_budget: The same for the bytes that one token reads; None for any.
+        active_budget: A share of the bytes that one token reads, as "3%"; None for any.
         metric: "kl", "routing", or weights of both, such as {"kl": 1, "routing": 1}.
         engine: What has to load the export: "vllm", "sglang", "transformers", or None.
         export_format: AutoRound's name of the export format.
@@ -77,6 +80,7 @@ def plan_bits(
             the CPU; more would lower `tokens`. None for any; see `PlanningCost`.
         seqlen: Tokens of a sample, where `dataset` is a name.
         seed: Draws the samples, where `dataset` is a name.
+        router_pattern: What names the routers, as in `VSRAQConfig`; None finds them.
         progress: Whether progress bars are shown.
         **kwargs: Other arguments of `AutoRound` (`tokenizer`, `device_map`,
             `layer_config`, `ignore_layers`, ...), the same as those of the run.
@@ -91,7 +95,7 @@ def plan_bits(
     weights = _metric(metric)
     rules = get_engine(engine)
     scheme = scheme.upper()
-    prepared = PreparedModel.of(model, scheme, export_format, kwargs)
+    prepared = PreparedModel.of(model, scheme, export_format, kwargs, router_pattern)
     layers = prepared.layers | (prepared.head_layer() if lm_head else {})
     if options is None:
         options = default_options(scheme, rules, export_format)
@@ -107,6 +111,8 @@ def plan_bits(
         cost = cost.within(state_memory, seqlen)
     logger.info("vsraq: measuring %d units: %s", len(units), cost)
     batches = token_batches(dataset, prepared.tokenizer, cost.tokens, seqlen, seed)
+    if state_memory is not None:
+        _refuse_long_samples(batches, cost.tokens, state_memory)
     planned = make_plan(
         prepared.model, units, candidates, batches, allowed, weights, progress=progress
     )
@@ -126,10 +132,22 @@ def plan_bits(
         uniform=sizes.cost(candidates.base, planned.uniform),
         planned=sizes.cost(planned.chosen, planned.together),
         flip_kl=planned.adding.flip_kl,
-        versions={p: version(p) for p in ("vsraq", "auto-round", "transformers")},
+        versions=current_versions(),
     )
     _warn_of_prediction(plan)
     return plan
+
+
+def _refuse_long_samples(
+    batches: Sequence[Tensor], tokens: int, state_memory: int
+) -> None:
+    """Refuse samples that are longer than the limit of memory allows."""
+    found = sum(ids.numel() for ids in batches)
+    if found > tokens:
+        raise ValueError(
+            f"state_memory={state_memory:,}: it allows {tokens} tokens, and the first "
+            f"sample has {found}; allow more, or shorter samples (seqlen)"
+        )
 
 
 def _warn_of_prediction(plan: BitPlan) -> None:
@@ -142,6 +160,11 @@ def _warn_of_prediction(plan: BitPlan) -> None:
             plan.predicted_kl,
             plan.planned.kl,
         )
+
+
+def current_versions() -> dict[str, str]:
+    """Return the versions of the packages that decide a plan."""
+    return {name: version(name) for name in ("vsraq", "auto-round", "transformers")}
 
 
 def default_options(scheme: str, engine: Engine, export_format: str) -> list[str]:

@@ -53,8 +53,9 @@ def find_candidates(
 ) -> Candidates:
     """Find the schemes that each unit may have.
 
-    Schemes of fewer bits are for routed experts, whose weights few tokens read. A
-    layer with a group size of its own keeps it.
+    Routed experts may have any fewer bits, since few tokens read their weights, all
+    other layers one bit fewer than the scheme. A layer with a group size of its own
+    keeps it.
 
     Args:
         units: The units.
@@ -84,7 +85,7 @@ def find_candidates(
         offered: dict[str, Mapping[str, SchemeFields]] = {base[unit.name]: own}
         for name in (scheme, *options):  # the scheme for an output projection
             fields = scheme_fields(name)
-            if fields["bits"] < default["bits"] and not unit.is_experts:
+            if fields["bits"] < default["bits"] - _fewer(unit, bits):
                 continue
             offered.setdefault(
                 name, {n: _with(own[n], fields, default) for n in unit.layers}
@@ -95,10 +96,17 @@ def find_candidates(
     ]
     if unused:
         raise ValueError(
-            f"options={tuple(options)}: no unit may have {', '.join(unused)}: schemes "
-            "of fewer bits are for routed experts; leave them out"
+            f"options={tuple(options)}: no unit may have {', '.join(unused)}; allowed "
+            f"are {default['bits'] - 1} bits or more, and fewer for routed experts"
         )
     return Candidates(base, schemes)
+
+
+def _fewer(unit: Unit, bits: int) -> int:
+    """Return how many bits fewer than the scheme a unit may have."""
+    if unit.is_experts:
+        return 16
+    return 1 if bits < 16 else 0  # the output projection
 
 
 def why_refused(
@@ -199,7 +207,9 @@ def make_plan(
 
     Raises:
         ValueError: The smallest schemes are over the limit.
+        NotImplementedError: Blocks that run alone do not give what the model gives.
     """
+    model.check(batches[0])
     schemes = candidates.schemes
     trials = {
         (unit.name, name): Trial(schemes[unit.name][name])

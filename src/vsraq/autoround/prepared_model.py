@@ -43,7 +43,12 @@ class PreparedModel:
 
     @classmethod
     def of(
-        cls, model: Any, scheme: str, export_format: str, kwargs: Mapping[str, Any]
+        cls,
+        model: Any,
+        scheme: str,
+        export_format: str,
+        kwargs: Mapping[str, Any],
+        router_pattern: str | None = None,
     ) -> "PreparedModel":
         """Let AutoRound prepare a model as for a run.
 
@@ -57,7 +62,7 @@ class PreparedModel:
         run.formats = export_format
         run.post_init()
         module = run.model_context.model
-        routers = find_routers(module)
+        routers = find_routers(module, router_pattern=router_pattern)
         if not routers:
             raise ValueError(
                 f"model={type(module).__name__}: it has no MoE router; allowed are "

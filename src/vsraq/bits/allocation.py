@@ -54,8 +54,8 @@ def allocate(
 
     R = sqrt(S), S = sum of r_u^2, is concave in S, so the best choice is the best for
     some straight line R0 + (S - R0^2) / (2 R0) in its place: an integer programme for
-    each line. Several lines are tried, each moved to the R that it leads to until that
-    stays: R can only fall.
+    each line. Several lines are tried, each moved to the R that it leads to until the
+    choice stays.
 
     Args:
         units: For each unit, its schemes by name.

@@ -75,8 +75,8 @@ class PlanningCost:
     @property
     def state_bytes(self) -> int:
         """Bytes of the hidden states of all streams, on the CPU."""
-        # full precision before and after a block, too
-        return (self.streams + 2) * self.tokens * self.hidden * self.value_bytes
+        # full precision before and after a block, and what a stream becomes
+        return (self.streams + 3) * self.tokens * self.hidden * self.value_bytes
 
     @property
     def operations(self) -> float:

@@ -59,7 +59,8 @@ class DamageModel:
     def fit(cls, alone: Iterable[Damaged], together: Damaged) -> Self:
         """Find a from units that were measured alone, and all together.
 
-        With the sums over all units, KL = a R + sum KL_u - a sum r_u.
+        With the sums over all units, KL = a R + sum KL_u - a sum r_u. A unit with less
+        KL than a r_u counts as negative here, and as 0 in predictions.
 
         Args:
             alone: Each unit's damage.

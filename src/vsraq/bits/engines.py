@@ -58,10 +58,10 @@ class Engine:
         formats: AutoRound's export formats that it loads with mixed bits, by data type.
         needs_other_bits: Whether an exception must have other bits than the scheme: it
             takes one that names only a group size for 16 bits.
+        fuses: Whether it loads some layers as one, see `FUSED`.
         shares_experts: Whether it may load the shared experts as part of the routed
             ones, so that they need one scheme.
         reads_fused_names: Whether it looks an exception up by the fused layer's name.
-        fuses: Whether it loads the layers of a unit as one.
         int_groups: Group sizes of integer weights; empty for any.
         symmetric_int: Whether integer weights of AutoRound's formats must be symmetric.
         sources: Where this was read.
@@ -73,9 +73,9 @@ class Engine:
     float_bits: Mapping[str, frozenset[int]]
     formats: Mapping[str, frozenset[str]]
     needs_other_bits: bool = False
+    fuses: bool = False
     shares_experts: bool = False
     reads_fused_names: bool = False
-    fuses: bool = False
     int_groups: frozenset[int] = frozenset()
     symmetric_int: bool = False
     sources: tuple[Source, ...] = ()
@@ -196,9 +196,9 @@ _SGLANG = Engine(
     int_bits=frozenset({4, 8}),
     float_bits={"nv_fp": frozenset({4, 16})},
     formats={"int": _INT_FORMATS, "nv_fp": frozenset({"llm_compressor"})},
+    fuses=True,
     shares_experts=True,
     reads_fused_names=True,
-    fuses=True,
     int_groups=_MARLIN_GROUPS,
     symmetric_int=True,
     sources=(

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Units: the layers that must share one scheme.
 
-Engines load q, k and v as one layer, gate and up as one, and all routed experts of a
-layer as one. Every other layer is a unit of its own, also one that is fused elsewhere
-but stands alone here, as `up_proj` of an expert without a gate.
+All routed experts of a layer are one unit. Some engines load q, k and v as one layer,
+and gate and up as one; for these engines they are one unit, too. Every other layer is a
+unit of its own, also one that is fused elsewhere but stands alone here, as `up_proj` of
+an expert without a gate.
 """
 
 from collections import defaultdict
@@ -49,7 +50,8 @@ def find_units(
         model: The model, its experts split into linear layers; tensors may be on meta.
         layers: Names of the layers that are quantized, in module order.
         routers: The model's routers.
-        engine: It decides whether shared experts belong to the routed ones.
+        engine: It decides which layers are one, and whether shared experts belong to
+            the routed ones.
 
     Returns:
         The units in the order of their first layers.
@@ -70,7 +72,8 @@ def find_units(
             router = _router_beside(layer, quantized)
         if router is None:
             parent, _, part = layer.rpartition(".")
-            name = f"{parent}.{_FUSED_NAME[part]}" if part in _FUSED_NAME else layer
+            fused = engine.fuses and part in _FUSED_NAME
+            name = f"{parent}.{_FUSED_NAME[part]}" if fused else layer
         else:
             name = _unit_of(by_router[router])
             experts.add(name)

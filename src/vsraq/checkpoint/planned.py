@@ -165,11 +165,12 @@ def check_plan(
             "reference's; export again with a plan for this model"
         ]
     plain = {n.removesuffix(".weight") for n in export if n.endswith(".weight")}
-    stored = {own_name(name): name for name in plain | quantized}
+    known = plain | quantized
+    stored = {own_name(name): name for name in known}
     faults = []
     for layer in planned:
         name = stored.get(layer, layer)
-        if name not in plain | quantized:
+        if name not in known:
             faults.append(f"{layer}: planned {_said(planned[layer])}; it is not there")
             continue
         scheme = export.schemes(name, layer) if name in quantized else None

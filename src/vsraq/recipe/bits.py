@@ -12,11 +12,16 @@ from auto_round.scheme_entry import preview_resolved_attrs
 from auto_round.schemes import QuantizationScheme
 
 from vsraq.autoround import plan_bits
-from vsraq.autoround.plan_bits import default_options
+from vsraq.autoround.plan_bits import current_versions, default_options
 from vsraq.autoround.planning import scheme_fields, why_refused
 from vsraq.bits import BitPlan
 from vsraq.bits.engines import Engine, get_engine
-from vsraq.checkpoint.planned import PLAN_FILE, PlannedLayers, to_pattern
+from vsraq.checkpoint.planned import (
+    PLAN_FILE,
+    PlannedLayers,
+    config_digest,
+    to_pattern,
+)
 from vsraq.recipe.model import model_config
 from vsraq.recipe.recipe import Recipe
 
@@ -96,7 +101,8 @@ def bit_plan(
     if isinstance(recipe.bits, str):
         config = model_config(recipe) if model is None else model.config
         return check_bit_plan(recipe, config)
-    plan = _kept(recipe, warn=True)
+    # what YAML cannot hold is not in the settings of a kept plan
+    plan = None if model is not None or overrides else _kept(recipe, warn=True)
     if plan is not None:
         logger.info("vsraq: the bit plan was made before, in %s", plan_path(recipe))
         return plan
@@ -154,6 +160,7 @@ def make_plan(
         tokens=settings["tokens"],
         seqlen=calibration.seqlen,
         seed=calibration.seed,
+        router_pattern=recipe.algorithm.get("router_pattern"),
         progress=progress,
         **_scheme_changes(recipe),
         **arguments,
@@ -198,6 +205,7 @@ def plan_settings(recipe: Recipe) -> dict[str, Any]:
         "model": recipe.model,
         "scheme": recipe.scheme.upper(),
         "scheme_changes": _scheme_changes(recipe),
+        "router_pattern": recipe.algorithm.get("router_pattern"),
         "formats": recipe.formats,
         "bits": recipe.bit_settings,
         "runtime": runtime,
@@ -227,15 +235,18 @@ def _kept(recipe: Recipe, *, warn: bool = False) -> BitPlan | None:
         return None
     plan = BitPlan.load(path)
     wanted = plan_settings(recipe)
-    if plan.settings == wanted:
-        return plan
     names = sorted(n for n in wanted if plan.settings.get(n) != wanted[n])
-    logger.warning(
-        "vsraq: %s was made with another %s: a plan is made anew",
-        path,
-        ", ".join(names),
-    )
-    return None
+    if config_digest(model_config(recipe)) != plan.config_digest:
+        names.append("config of the model")
+    if plan.versions != current_versions():
+        names.append("version of a package")
+    if names and warn:
+        logger.warning(
+            "vsraq: %s was made with another %s: a plan is made anew",
+            path,
+            ", ".join(names),
+        )
+    return None if names else plan
 
 
 def _scheme_changes(recipe: Recipe) -> dict[str, Any]:

@@ -189,7 +189,9 @@ def write_resolved(recipe: Recipe, folder: Path, plan: BitPlan | None = None) ->
         folder: Where the export is.
         plan: The bit plan of its run.
     """
-    if plan is not None:
+    if plan is None:
+        (folder / PLAN_FILE).unlink(missing_ok=True)  # of a run that was killed
+    else:
         plan.save(folder / PLAN_FILE)
         every = run_layer_config(recipe, plan)
         others = {n: e for n, e in every.items() if n not in plan.layer_config}

@@ -1,0 +1,594 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the same bytes are worth, spent in other places: models x schemes x ways.
+
+    python benchmarks/bits.py run                  # fill the results file
+    python benchmarks/bits.py table --plot out/bits.png
+    python benchmarks/bits.py document             # the same into docs/results.md
+
+Every cell quantizes one model of `benchmarks/routing.py` with one way to spend bytes,
+tuned by plain AutoRound or by the default recipe, and compares it with full precision
+on held-out text. A cell is one line of JSON; cells that are there are skipped.
+
+Plans and AutoScheme choose on calibration windows that no cell is tuned on. Budgets are
+shares of the uniform export in bfloat16, as models are published. Models are evaluated
+as in `benchmarks/routing.py`: W*A16 as tuned, NVFP4 from its export.
+"""
+
+import argparse
+import os
+import random
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from auto_round import AutoRound, AutoScheme
+from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from datasets import Dataset
+from torch import nn
+
+import routing
+import vsraq
+from vsraq.analysis import compare
+from vsraq.autoround.plan_bits import default_options
+from vsraq.autoround.planning import Candidates, find_candidates, unit_bytes
+from vsraq.autoround.prepared_model import PreparedModel
+from vsraq.bits import BitPlan
+from vsraq.bits.engines import get_engine
+from vsraq.bits.exceptions import exceptions
+from vsraq.bits.sizes import plain_bytes
+from vsraq.bits.units import Unit, find_units
+from vsraq.checkpoint import load_model
+
+RESULTS = Path(__file__).with_name("bits.jsonl")
+PLANS = routing.ROOT / "out" / "plans"
+PLANNING_WINDOWS = 16  # of 256 tokens
+PLANNING_SEED = 100  # calibration windows of no cell's seed
+PLANNING_DATASET = "vsraq-planning"
+SCHEMES = ("W4A16", "W3A16", "NVFP4")
+# plain AutoRound, our default, and the default's parts
+RECIPES: dict[str, dict[str, Any] | None] = {
+    "AutoRound": None,
+    "default": {},
+    "re-fit": {"realign_routers": True},
+    "own + re-fit": {"router_weight": "auto", "realign_routers": True},
+    "next + re-fit": {"next_router_weight": "auto", "realign_routers": True},
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes to spend, and who has to load the result.
+
+    Attributes:
+        share: Beyond the uniform export, %; None for the bytes of all attention and
+            shared experts in 8 bits.
+        engine: Whose rules plans and AutoScheme obey.
+    """
+
+    share: float | None
+    engine: str | None
+
+
+BUDGETS = {
+    "uniform": Budget(0.0, None),
+    "-3 %": Budget(-3.0, None),
+    "0 %": Budget(0.0, None),
+    "+1 % vllm": Budget(1.0, "vllm"),
+    "+2 % vllm": Budget(2.0, "vllm"),
+    "+3 % vllm": Budget(3.0, "vllm"),
+    "+3 %": Budget(3.0, None),
+    "+4 %": Budget(4.0, None),
+    "mixed": Budget(None, "vllm"),
+}
+RANDOM = tuple(f"random {draw}" for draw in range(3))
+# scheme -> budget -> ways to spend it
+WAYS: dict[str, dict[str, tuple[str, ...]]] = {
+    "W4A16": {
+        "uniform": ("uniform", "groups of 64", "groups of 32"),
+        "0 %": ("plan", "AutoScheme", *RANDOM),
+        "+3 % vllm": ("plan", "AutoScheme", "attention first", *RANDOM),
+        "mixed": ("plan", "W4A16_MIXED"),
+        "-3 %": ("plan",),
+        "+1 % vllm": ("plan",),
+        "+2 % vllm": ("plan",),
+        "+4 %": ("plan",),
+    },
+    "W3A16": {
+        "uniform": ("uniform", "groups of 64"),
+        "0 %": ("plan", "AutoScheme", *RANDOM),
+        "+3 %": ("plan", "AutoScheme", "attention first"),
+        "-3 %": ("plan",),
+    },
+    "NVFP4": {
+        "uniform": ("uniform",),
+        "+4 %": ("plan", "AutoScheme", "attention first", *RANDOM),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run; its fields are the key of its line in the results file."""
+
+    model: str
+    weights: str
+    scheme: str
+    budget: str
+    way: str
+    recipe: str
+    seed: int
+    iters: int
+    nsamples: int
+    windows: int
+
+
+# ── sizes ─────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The units of a model, and what they take in a bfloat16 export.
+
+    Attributes:
+        prepared: The model.
+        units: Its units.
+        candidates: The schemes that each unit may have under the budget's engine.
+        bytes_of: By the unit's name and the scheme's.
+        plain: Bytes of all other tensors.
+    """
+
+    prepared: PreparedModel
+    units: tuple[Unit, ...]
+    candidates: Candidates
+    bytes_of: Mapping[tuple[str, str], int]
+    plain: int
+
+    def units_bytes(self, choice: Mapping[str, str]) -> int:
+        return sum(self.bytes_of[unit.name, choice[unit.name]] for unit in self.units)
+
+    @property
+    def uniform(self) -> int:
+        return self.plain + self.units_bytes(self.candidates.base)
+
+    def limit(self, budget: Budget) -> int:
+        """Bytes that the units may take."""
+        if budget.share is None:
+            choice = dict(self.candidates.base)
+            for unit in self.units:
+                if not unit.is_experts:
+                    choice[unit.name] = "W8A16"
+            return self.units_bytes(choice)
+        return int(self.uniform * (1 + budget.share / 100)) - self.plain
+
+    def extra(self, budget: Budget) -> int:
+        """Bytes beyond the uniform export."""
+        return self.limit(budget) - self.units_bytes(self.candidates.base)
+
+
+@cache
+def sizes(model: str, scheme: str, engine: str | None) -> Sizes:
+    rules, form = get_engine(engine), export_format(scheme, engine)
+    in_bfloat16 = load_model(routing.bench_model_path(model), dtype=torch.bfloat16)
+    arguments = {"tokenizer": routing.load_tokenizer(), **RUN}
+    prepared = PreparedModel.of(in_bfloat16, scheme, form, arguments)
+    prepared.module.bfloat16()  # a CPU without bfloat16 has made it float32
+    units = find_units(
+        prepared.module, list(prepared.layers), prepared.model.routers, rules
+    )
+    options = default_options(scheme, rules, form)
+    candidates = find_candidates(units, prepared.layers, scheme, options, rules, form)
+    bytes_of = {
+        (unit.name, name): unit_bytes(prepared.module, schemes, form)
+        for unit in units
+        for name, schemes in candidates.schemes[unit.name].items()
+    }
+    layers = [name for unit in units for name in unit.layers]
+    plain = plain_bytes(prepared.module, layers)
+    return Sizes(prepared, units, candidates, bytes_of, plain)
+
+
+def export_format(scheme: str, engine: str | None) -> str:
+    needs_other = scheme == "NVFP4" and engine == "vllm"
+    return "llm_compressor" if needs_other else "auto_round"
+
+
+RUN = {"device_map": "cpu", "enable_torch_compile": False}
+
+
+# ── ways ──────────────────────────────────────────────────────────────────────
+
+
+def spend(cell: Cell) -> dict[str, Any]:
+    """The arguments of `AutoRound` that spend the bytes of a cell its way."""
+    budget = BUDGETS[cell.budget]
+    if cell.way == "uniform":
+        return {}
+    if cell.way.startswith("groups of"):
+        return {"group_size": int(cell.way.split()[-1])}
+    if cell.way == "W4A16_MIXED":
+        return {"scheme": "W4A16_MIXED"}
+    if cell.way == "plan":
+        made = plan(cell.model, cell.scheme, cell.budget)
+        return {"layer_config": dict(made.layer_config)}
+    if cell.way == "AutoScheme":
+        return {"scheme": auto_scheme(cell.model, cell.scheme, budget)}
+    return {"layer_config": raised(cell.model, cell.scheme, budget, cell.way)}
+
+
+@cache
+def plan(model: str, scheme: str, budget_name: str) -> BitPlan:
+    """A plan, made once and kept in a file."""
+    budget = BUDGETS[budget_name]
+    name = f"{model}-{routing.weights_hash(model)}-{scheme}-{budget_name}.json"
+    path = PLANS / name.replace(" ", "")
+    if path.exists():
+        return BitPlan.load(path)
+    windows = routing.calibration_windows(PLANNING_WINDOWS, PLANNING_SEED)
+    started = time.process_time()
+    made = vsraq.plan_bits(
+        routing.load_bench_model(model),
+        list(windows.split(1)),
+        scheme,
+        budget=sizes(model, scheme, budget.engine).extra(budget),
+        engine=budget.engine,
+        export_format=export_format(scheme, budget.engine),
+        tokenizer=routing.load_tokenizer(),
+        **RUN,
+    )
+    seconds = f"{time.process_time() - started:.1f}"
+    made = replace(made, versions=dict(made.versions) | {"seconds": seconds})
+    PLANS.mkdir(parents=True, exist_ok=True)
+    made.save(path)
+    return made
+
+
+def auto_scheme(model: str, scheme: str, budget: Budget) -> AutoScheme:
+    """AutoScheme with the same options and bytes, and an engine's rules if any."""
+    known = sizes(model, scheme, budget.engine)
+    options = [
+        scheme,
+        *default_options(scheme, get_engine(budget.engine), "auto_round"),
+    ]
+    weights = [
+        known.prepared.module.get_submodule(n).weight for n in known.prepared.layers
+    ]
+    fused = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
+    windows = routing.calibration_windows(PLANNING_WINDOWS, PLANNING_SEED)
+    register(windows, PLANNING_DATASET)
+    return AutoScheme(
+        avg_bits=8 * known.limit(budget) / sum(w.numel() for w in weights),
+        options=options,
+        shared_layers=fused if budget.engine else None,
+        dataset=PLANNING_DATASET,
+        nsamples=PLANNING_WINDOWS,
+        seqlen=routing.SEQLEN,
+        device_map="cpu",
+    )
+
+
+def register(windows: torch.Tensor, name: str) -> None:
+    def load(*_: Any, **__: Any) -> Dataset:
+        masks = torch.ones_like(windows).tolist()
+        return Dataset.from_dict(
+            {"input_ids": windows.tolist(), "attention_mask": masks}
+        )
+
+    routing.register_dataset(name)(load)
+
+
+def raised(model: str, scheme: str, budget: Budget, way: str) -> dict[str, Any]:
+    """Units raised to the most bits in an order, until the bytes are spent.
+
+    Random units are paid for, if there are no bytes, by the experts of random layers
+    in one bit less.
+    """
+    known = sizes(model, scheme, budget.engine)
+    limit = known.limit(budget)
+    choice = dict(known.candidates.base)
+    ordered = list(known.units)
+    if way == "attention first":
+        ordered = [u for u in ordered if not u.is_experts and ".mlp." not in u.name]
+        ordered = [u for u in ordered if "shared" not in u.name]
+    else:
+        generator = random.Random(way)
+        generator.shuffle(ordered)
+        lower = f"W{int(scheme[1]) - 1}A16" if scheme != "NVFP4" else ""
+        experts = [unit for unit in ordered if unit.is_experts]
+        if limit <= known.units_bytes(choice):
+            for unit in experts[: len(experts) // 2]:
+                choice[unit.name] = lower
+    best = "BF16" if scheme == "NVFP4" else "W8A16"
+    for unit in ordered:
+        if choice[unit.name] != known.candidates.base[unit.name]:
+            continue
+        more = choice | {unit.name: best}
+        if known.units_bytes(more) <= limit:
+            choice = more
+    fields = dict(known.prepared.all_layers)
+    for unit in known.units:
+        fields |= known.candidates.schemes[unit.name][choice[unit.name]]
+    rules = get_engine(budget.engine)
+    return exceptions(known.units, fields, known.prepared.default, rules)
+
+
+# ── runs ──────────────────────────────────────────────────────────────────────
+
+
+def config_of(recipe: str, iters: int) -> Any:
+    arguments = RECIPES[recipe]
+    if arguments is None:
+        return SignRoundConfig(iters=iters)
+    return vsraq.VSRAQConfig(iters=iters, **arguments)
+
+
+def run_cell(
+    cell: Cell, fp_model: nn.Module, texts: Any, folder: Path
+) -> dict[str, Any]:
+    samples = routing.calibration_windows(cell.nsamples, cell.seed)
+    spending = spend(cell)
+    started = time.process_time()
+    run = AutoRound(
+        routing.load_bench_model(cell.model),
+        tokenizer=routing.load_tokenizer(),
+        alg_configs=config_of(cell.recipe, cell.iters),
+        dataset=routing.register_windows(samples),
+        nsamples=len(samples),
+        seqlen=routing.SEQLEN,
+        batch_size=routing.BATCH,
+        seed=cell.seed,
+        **{"scheme": cell.scheme} | spending | RUN,
+    )
+    q_model, _ = run.quantize()
+    seconds = time.process_time() - started
+    total, active = bytes_of_run(cell, run)
+    if cell.scheme == "NVFP4":
+        q_model = routing.reload_export(run, folder)
+    result = asdict(cell) | {"seconds": seconds, "bytes": total, "active": active}
+    return result | asdict(compare(q_model.cpu().float(), fp_model, texts["heldout"]))
+
+
+def bytes_of_run(cell: Cell, run: AutoRound) -> tuple[int, float]:
+    """Bytes of the export in bfloat16, and those that a token reads."""
+    known = sizes(cell.model, cell.scheme, None)
+    total, active = known.plain, known.plain - embedding(known.prepared.module)
+    for unit in known.units:
+        schemes = {n: run.layer_config[n] for n in unit.layers}
+        size = unit_bytes(known.prepared.module, schemes, "auto_round")
+        total += size
+        active += size * unit.read
+    return total, active
+
+
+def embedding(model: nn.Module) -> int:
+    weight = model.get_input_embeddings().weight
+    return weight.numel() * weight.element_size()
+
+
+def grid(arguments: argparse.Namespace) -> Iterator[Cell]:
+    for seed in arguments.seeds:
+        for model in arguments.models:
+            weights = routing.weights_hash(model)
+            for scheme in arguments.schemes:
+                for budget, ways in WAYS[scheme].items():
+                    for way in ways:
+                        for recipe in arguments.recipes:
+                            if arguments.budgets and budget not in arguments.budgets:
+                                continue
+                            if arguments.ways and way not in arguments.ways:
+                                continue
+                            yield Cell(
+                                model,
+                                weights,
+                                scheme,
+                                budget,
+                                way,
+                                recipe,
+                                seed,
+                                arguments.iters,
+                                arguments.nsamples,
+                                arguments.windows,
+                            )
+
+
+def key(result: Mapping[str, Any]) -> Cell:
+    return Cell(**{name: result[name] for name in Cell.__dataclass_fields__})
+
+
+def run_cells(arguments: argparse.Namespace) -> None:
+    os.environ.setdefault("AR_WORK_SPACE", tempfile.mkdtemp(prefix="vsraq-bench-"))
+    texts = routing.heldout_texts(arguments.windows)
+    fp_models: dict[str, nn.Module] = {}
+    cells = list(grid(arguments))
+    for index, cell in enumerate(cells):
+        if any(key(r) == cell for r in routing.read_results(arguments.results)):
+            continue
+        if cell.model not in fp_models:
+            fp_models[cell.model] = routing.load_bench_model(cell.model)
+        with tempfile.TemporaryDirectory(prefix="vsraq-bench-") as folder:
+            try:
+                result = run_cell(cell, fp_models[cell.model], texts, Path(folder))
+            except AttributeError as error:  # AutoScheme on hybrids
+                if cell.way != "AutoScheme":
+                    raise
+                result = asdict(cell) | {"error": str(error)}
+        routing.append(arguments.results, result)
+        figures = "failed"
+        if "error" not in result:
+            jaccard = statistics.mean(result["jaccard"].values())
+            figures = (
+                f"Jaccard {jaccard:.4f}, KL {result['kl']:.4f}, NLL "
+                f"{result['excess_nll']:+.4f}, {result['bytes'] / 2**20:.3f} MiB, "
+                f"{result['seconds']:.0f} s"
+            )
+        print(
+            f"[{index + 1}/{len(cells)}] {cell.model} {cell.scheme} {cell.budget} "
+            f"{cell.way} {cell.recipe} seed {cell.seed}: {figures}",
+            flush=True,
+        )
+
+
+# ── tables ────────────────────────────────────────────────────────────────────
+
+
+@dataclass
+class Row:
+    """One way and recipe in one model, scheme and budget, over the seeds."""
+
+    mebibytes: list[float] = field(default_factory=list)
+    active: list[float] = field(default_factory=list)
+    jaccard: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    nll: list[float] = field(default_factory=list)
+    nll_error: list[float] = field(default_factory=list)
+    jaccard_closed: list[float] = field(default_factory=list)
+    kl_closed: list[float] = field(default_factory=list)
+
+
+Key = tuple[str, str, str, str, str]  # model, scheme, budget, way, recipe
+
+
+def rows(results: Sequence[Mapping[str, Any]]) -> dict[Key, Row]:
+    """Results by cell; gaps are those of uniform AutoRound of the same seed."""
+    plain = {
+        (r["model"], r["weights"], r["scheme"], r["seed"], r["iters"]): r
+        for r in results
+        if (r["way"], r["recipe"]) == ("uniform", "AutoRound")
+    }
+    table: dict[Key, Row] = defaultdict(Row)
+    for result in results:
+        names = ("model", "weights", "scheme", "seed", "iters")
+        reference = plain.get(tuple(result[name] for name in names))
+        if reference is None or "error" in result:
+            continue
+        names = ("model", "scheme", "budget", "way", "recipe")
+        row = table[tuple(result[name] for name in names)]
+        jaccard = statistics.mean(result["jaccard"].values())
+        before = statistics.mean(reference["jaccard"].values())
+        row.mebibytes.append(result["bytes"] / 2**20)
+        row.active.append(result["active"] / 2**20)
+        row.jaccard.append(jaccard)
+        row.kl.append(result["kl"])
+        row.nll.append(result["excess_nll"])
+        row.nll_error.append(result["excess_nll_error"])
+        row.jaccard_closed.append(routing.closed(jaccard, before, 1.0))
+        row.kl_closed.append(routing.closed(result["kl"], reference["kl"], 0.0))
+    return table
+
+
+def format_table(table: Mapping[Key, Row]) -> str:
+    """Every cell: mean over the seeds, and half the range of what is closed."""
+    lines = [
+        "| model | scheme | budget | bytes spent by | tuned by | MiB | active MiB | "
+        "Jaccard | closed % | KL | closed % | NLL beyond full precision | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    order = [
+        (model, scheme, budget, way, recipe)
+        for model in routing.MODELS
+        for scheme, budgets in WAYS.items()
+        for budget, ways in budgets.items()
+        for way in ways
+        for recipe in RECIPES
+    ]
+    for key_ in order:
+        row = table.get(key_)
+        if row is None:
+            continue
+        spread, mean = routing.spread, statistics.mean
+        lines.append(
+            f"| {' | '.join(key_)} | {mean(row.mebibytes):.3f} | "
+            f"{mean(row.active):.3f} | {mean(row.jaccard):.4f} | "
+            f"{spread(row.jaccard_closed, 1, 100)} | {mean(row.kl):.4f} | "
+            f"{spread(row.kl_closed, 1, 100)} | {mean(row.nll):+.4f} ± "
+            f"{mean(row.nll_error):.4f} | {len(row.kl)} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(table: Mapping[Key, Row], path: Path) -> None:
+    """KL over bytes: a panel for each model and scheme."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = list(dict.fromkeys((model, scheme) for model, scheme, *_ in table))
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(1 + 3 * len(panels), 3.5), squeeze=False
+    )
+    markers = {"uniform": "s", "plan": "o", "AutoScheme": "^", "W4A16_MIXED": "D"}
+    for axis, panel in zip(axes[0], panels, strict=True):
+        for key_, row in table.items():
+            if key_[:2] != panel:
+                continue
+            _, _, _, way, recipe = key_
+            axis.plot(
+                statistics.mean(row.mebibytes),
+                statistics.mean(row.kl),
+                markers.get(way, "x"),
+                color="tab:blue" if recipe == "default" else "tab:orange",
+                label=f"{way}, {recipe}",
+                fillstyle="full" if way == "plan" else "none",
+            )
+        axis.set_title(" ".join(panel), fontsize=8)
+        axis.set_xlabel("export, MiB", fontsize=8)
+        axis.tick_params(labelsize=7)
+    axes[0][0].set_ylabel("KL to full precision, nats", fontsize=8)
+    handles = {}
+    for axis in axes[0]:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(
+        handles.values(),
+        handles.keys(),
+        fontsize=6,
+        loc="outside lower center",
+        ncols=4,
+    )
+    figure.set_layout_engine("constrained")
+    figure.savefig(path, dpi=150)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="fill the results file")
+    run.add_argument("--models", nargs="+", default=routing.MODELS)
+    run.add_argument("--schemes", nargs="+", default=SCHEMES, choices=SCHEMES)
+    run.add_argument("--budgets", nargs="+", choices=BUDGETS)
+    run.add_argument("--ways", nargs="+")
+    run.add_argument(
+        "--recipes", nargs="+", default=["AutoRound", "default"], choices=RECIPES
+    )
+    run.add_argument("--seeds", nargs="+", type=int, default=(0, 1))
+    run.add_argument("--windows", type=int, default=128, help="held-out windows")
+    run.add_argument("--iters", type=int, default=50)
+    run.add_argument("--nsamples", type=int, default=32)
+    table = commands.add_parser("table", help="print the results")
+    table.add_argument("--plot", type=Path)
+    document = commands.add_parser("document", help="write the results down")
+    document.add_argument("--path", type=Path, default=routing.DOCUMENT)
+    for command in (run, table, document):
+        command.add_argument("--results", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    if arguments.command == "run":
+        run_cells(arguments)
+    else:
+        found = rows(routing.read_results(arguments.results))
+        if arguments.command == "document":
+            routing.write_document(arguments.path, {"bits": format_table(found)})
+        else:
+            print(format_table(found))
+            if arguments.plot:
+                plot(found, arguments.plot)

@@ -1,0 +1,107 @@
+"""The benchmark of bit plans: its cells, its arithmetic, and what quotes it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bits
+import routing
+from vsraq.bits.engines import ENGINES
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(*arguments, results):
+    return subprocess.run(
+        [sys.executable, bits.__file__, *arguments, "--results", results],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
+def test_cells_spend_the_bytes_of_their_budget(tmp_path):
+    results = tmp_path / "results.jsonl"
+    run = ["run", "--models=solar_open", "--schemes=W4A16", "--seeds=0", "--iters=1"]
+    run += ["--nsamples=4", "--windows=2", "--recipes=AutoRound"]
+    run += ["--budgets", "uniform", "+3 % vllm", "0 %"]
+    run += ["--ways", "uniform", "attention first", "random 0"]
+    printed = command(*run, results=results)
+    assert len(re.findall(r"^\[", printed, re.M)) == 4
+    assert command(*run, results=results) == ""
+    lines = {
+        (line["budget"], line["way"]): line
+        for line in map(json.loads, results.read_text().splitlines())
+    }
+    uniform = lines["uniform", "uniform"]["bytes"]
+    unit = 25_000  # the largest unit that is left out takes more than what is left
+    for way in ("attention first", "random 0"):
+        more = lines["+3 % vllm", way]["bytes"] - uniform
+        assert 0.03 * uniform - unit < more <= 0.03 * uniform
+    random = lines["0 %", "random 0"]
+    assert uniform - unit < random["bytes"] <= uniform
+    assert len(random["jaccard"]) == 6
+    table = command("table", results=results)
+    assert "| solar_open | W4A16 | +3 % vllm | attention first | AutoRound |" in table
+
+
+def result(seed, way, kl, jaccard, recipe="AutoRound"):
+    cell = bits.Cell("solar_open", "x", "W4A16", "0 %", way, recipe, seed, 50, 32, 128)
+    figures = {"bytes": 2**20, "active": 2**19, "kl": kl, "jaccard": {"a": jaccard}}
+    return vars(cell) | figures | {"excess_nll": 0.01, "excess_nll_error": 0.002}
+
+
+def test_the_gap_is_that_of_autoround_with_the_same_seed():
+    results = [
+        result(0, "uniform", 0.10, 0.90),
+        result(1, "uniform", 0.20, 0.80),
+        result(0, "plan", 0.05, 0.95),
+        result(1, "plan", 0.15, 0.90),
+        result(2, "plan", 0.15, 0.90),  # nothing to compare it with
+        {"error": "fails"} | result(0, "AutoScheme", 1.0, 0.5),
+    ]
+    table = bits.rows(results)
+    row = table["solar_open", "W4A16", "0 %", "plan", "AutoRound"]
+    assert row.kl == [0.05, 0.15]
+    assert row.kl_closed == pytest.approx([0.5, 0.25])
+    assert row.jaccard_closed == pytest.approx([0.5, 0.5])
+    assert set(key[3] for key in table) == {"uniform", "plan"}
+    line = bits.format_table(table).splitlines()[-1]
+    assert line.split(" | ")[5:] == [
+        "1.000",
+        "0.500",
+        "0.9250",
+        "50.0 ± 0.0",
+        "0.1000",
+        "37.5 ± 12.5",
+        "+0.0100 ± 0.0020",
+        "2 |",
+    ]
+
+
+def test_the_document_shows_what_the_command_prints(tmp_path):
+    copy = tmp_path / "results.md"
+    copy.write_text((ROOT / "docs" / "results.md").read_text())
+    command("document", f"--path={copy}", results=bits.RESULTS)
+    assert copy.read_text() == (ROOT / "docs" / "results.md").read_text()
+
+
+def test_every_result_is_of_a_way_that_is_there():
+    for line in routing.read_results(bits.RESULTS):
+        assert line["way"] in bits.WAYS[line["scheme"]][line["budget"]]
+        assert line["recipe"] in bits.RECIPES
+
+
+def test_the_page_has_every_rule_and_its_source():
+    page = (ROOT / "docs" / "bits.md").read_text()
+    for engine in ENGINES.values():
+        for source in engine.sources:
+            row = (
+                f"| {engine.name} {engine.version} | {source.says} | `{source.file}` | "
+                f"{source.lines} |"
+            )
+            assert row in page
