@@ -537,6 +537,10 @@ def plot(table: Mapping[Key, Row], path: Path) -> None:
                 label=f"{way}, {recipe}",
                 fillstyle="full" if way == "plan" else "none",
             )
+        low, high = axis.get_xlim()
+        middle, half = (low + high) / 2, max(high - low, 0.06 * high) / 2
+        axis.set_xlim(middle - half, middle + half)  # ways may have the same bytes
+        axis.set_ylim(bottom=0)
         axis.set_title(" ".join(panel), fontsize=8)
         axis.set_xlabel("export, MiB", fontsize=8)
         axis.tick_params(labelsize=7)
