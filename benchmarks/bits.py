@@ -30,19 +30,18 @@ from typing import Any
 import torch
 from auto_round import AutoRound, AutoScheme
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
-from datasets import Dataset
 from torch import nn
 
 import routing
 import vsraq
 from vsraq.analysis import compare
+from vsraq.autoround.export_sizes import ExportSizes
 from vsraq.autoround.plan_bits import default_options
 from vsraq.autoround.planning import Candidates, find_candidates, unit_bytes
 from vsraq.autoround.prepared_model import PreparedModel
 from vsraq.bits import BitPlan
 from vsraq.bits.engines import get_engine
 from vsraq.bits.exceptions import exceptions
-from vsraq.bits.sizes import plain_bytes
 from vsraq.bits.units import Unit, find_units
 from vsraq.checkpoint import load_model
 
@@ -140,22 +139,16 @@ class Sizes:
         prepared: The model.
         units: Its units.
         candidates: The schemes that each unit may have under the budget's engine.
-        bytes_of: By the unit's name and the scheme's.
-        plain: Bytes of all other tensors.
+        export: What exports take.
     """
 
     prepared: PreparedModel
     units: tuple[Unit, ...]
     candidates: Candidates
-    bytes_of: Mapping[tuple[str, str], int]
-    plain: int
+    export: ExportSizes
 
     def units_bytes(self, choice: Mapping[str, str]) -> int:
-        return sum(self.bytes_of[unit.name, choice[unit.name]] for unit in self.units)
-
-    @property
-    def uniform(self) -> int:
-        return self.plain + self.units_bytes(self.candidates.base)
+        return self.export.bytes(choice) - self.export.plain
 
     def limit(self, budget: Budget) -> int:
         """Bytes that the units may take."""
@@ -165,7 +158,8 @@ class Sizes:
                 if not unit.is_experts:
                     choice[unit.name] = "W8A16"
             return self.units_bytes(choice)
-        return int(self.uniform * (1 + budget.share / 100)) - self.plain
+        uniform = self.export.bytes(self.candidates.base)
+        return int(uniform * (1 + budget.share / 100)) - self.export.plain
 
     def extra(self, budget: Budget) -> int:
         """Bytes beyond the uniform export."""
@@ -184,14 +178,8 @@ def sizes(model: str, scheme: str, engine: str | None) -> Sizes:
     )
     options = default_options(scheme, rules, form)
     candidates = find_candidates(units, prepared.layers, scheme, options, rules, form)
-    bytes_of = {
-        (unit.name, name): unit_bytes(prepared.module, schemes, form)
-        for unit in units
-        for name, schemes in candidates.schemes[unit.name].items()
-    }
-    layers = [name for unit in units for name in unit.layers]
-    plain = plain_bytes(prepared.module, layers)
-    return Sizes(prepared, units, candidates, bytes_of, plain)
+    export = ExportSizes.of(prepared, units, candidates, form)
+    return Sizes(prepared, units, candidates, export)
 
 
 def export_format(scheme: str, engine: str | None) -> str:
@@ -261,26 +249,15 @@ def auto_scheme(model: str, scheme: str, budget: Budget) -> AutoScheme:
     ]
     fused = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
     windows = routing.calibration_windows(PLANNING_WINDOWS, PLANNING_SEED)
-    register(windows, PLANNING_DATASET)
     return AutoScheme(
         avg_bits=8 * known.limit(budget) / sum(w.numel() for w in weights),
         options=options,
         shared_layers=fused if budget.engine else None,
-        dataset=PLANNING_DATASET,
+        dataset=routing.register_windows(windows, PLANNING_DATASET),
         nsamples=PLANNING_WINDOWS,
         seqlen=routing.SEQLEN,
         device_map="cpu",
     )
-
-
-def register(windows: torch.Tensor, name: str) -> None:
-    def load(*_: Any, **__: Any) -> Dataset:
-        masks = torch.ones_like(windows).tolist()
-        return Dataset.from_dict(
-            {"input_ids": windows.tolist(), "attention_mask": masks}
-        )
-
-    routing.register_dataset(name)(load)
 
 
 def raised(model: str, scheme: str, budget: Budget, way: str) -> dict[str, Any]:
@@ -357,18 +334,13 @@ def run_cell(
 def bytes_of_run(cell: Cell, run: AutoRound) -> tuple[int, float]:
     """Bytes of the export in bfloat16, and those that a token reads."""
     known = sizes(cell.model, cell.scheme, None)
-    total, active = known.plain, known.plain - embedding(known.prepared.module)
+    total, active = known.export.plain, float(known.export.plain_active)
     for unit in known.units:
         schemes = {n: run.layer_config[n] for n in unit.layers}
         size = unit_bytes(known.prepared.module, schemes, "auto_round")
         total += size
         active += size * unit.read
     return total, active
-
-
-def embedding(model: nn.Module) -> int:
-    weight = model.get_input_embeddings().weight
-    return weight.numel() * weight.element_size()
 
 
 def grid(arguments: argparse.Namespace) -> Iterator[Cell]:

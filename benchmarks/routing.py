@@ -189,7 +189,7 @@ def calibration_windows(count: int, seed: int) -> Tensor:
     return pool[order[:count]]
 
 
-def register_windows(windows: Tensor) -> str:
+def register_windows(windows: Tensor, name: str = DATASET) -> str:
     """The windows as a named data set of AutoRound's.
 
     Given as tensors they would get a mask that hides every end-of-text token (it is
@@ -202,8 +202,8 @@ def register_windows(windows: Tensor) -> str:
             {"input_ids": windows.tolist(), "attention_mask": masks}
         )
 
-    register_dataset(DATASET)(load)
-    return DATASET
+    register_dataset(name)(load)
+    return name
 
 
 def heldout_texts(windows: int) -> dict[str, Sequence[Tensor]]:
