@@ -9,12 +9,14 @@ Every cell quantizes one model of `benchmarks/routing.py` with one way to spend 
 tuned by plain AutoRound or by the default recipe, and compares it with full precision
 on held-out text. A cell is one line of JSON; cells that are there are skipped.
 
-Plans and AutoScheme choose on calibration windows that no cell is tuned on. Budgets are
+Plans and AutoScheme choose on calibration windows that no cell is tuned on. The damage
+of a model's units is measured once, for all budgets, and kept in out/plans. Budgets are
 shares of the uniform export in bfloat16, as models are published. Models are evaluated
 as in `benchmarks/routing.py`: W*A16 as tuned, NVFP4 from its export.
 """
 
 import argparse
+import json
 import os
 import random
 import statistics
@@ -22,7 +24,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -35,11 +37,12 @@ from torch import nn
 import routing
 import vsraq
 from vsraq.analysis import compare
+from vsraq.autoround import planning
 from vsraq.autoround.export_sizes import ExportSizes
 from vsraq.autoround.plan_bits import default_options
 from vsraq.autoround.planning import Candidates, find_candidates, unit_bytes
 from vsraq.autoround.prepared_model import PreparedModel
-from vsraq.bits import BitPlan
+from vsraq.bits.damage import Damage, DamageModel
 from vsraq.bits.engines import get_engine
 from vsraq.bits.exceptions import exceptions
 from vsraq.bits.units import Unit, find_units
@@ -86,12 +89,13 @@ BUDGETS = {
     "+4 %": Budget(4.0, None),
     "mixed": Budget(None, "vllm"),
 }
+WITH_HEAD = "plan, output head too"
 RANDOM = tuple(f"random {draw}" for draw in range(3))
 # scheme -> budget -> ways to spend it
 WAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "W4A16": {
         "uniform": ("uniform", "groups of 64", "groups of 32"),
-        "0 %": ("plan", "AutoScheme", *RANDOM),
+        "0 %": ("plan", "AutoScheme", WITH_HEAD, *RANDOM),
         "+3 % vllm": ("plan", "AutoScheme", "attention first", *RANDOM),
         "mixed": ("plan", "W4A16_MIXED"),
         "-3 %": ("plan",),
@@ -101,7 +105,7 @@ WAYS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "W3A16": {
         "uniform": ("uniform", "groups of 64"),
-        "0 %": ("plan", "AutoScheme", *RANDOM),
+        "0 %": ("plan", "AutoScheme", WITH_HEAD, *RANDOM),
         "+3 %": ("plan", "AutoScheme", "attention first"),
         "-3 %": ("plan",),
     },
@@ -167,17 +171,16 @@ class Sizes:
 
 
 @cache
-def sizes(model: str, scheme: str, engine: str | None) -> Sizes:
+def sizes(model: str, scheme: str, engine: str | None, head: bool = False) -> Sizes:
     rules, form = get_engine(engine), export_format(scheme, engine)
     in_bfloat16 = load_model(routing.bench_model_path(model), dtype=torch.bfloat16)
     arguments = {"tokenizer": routing.load_tokenizer(), **RUN}
     prepared = PreparedModel.of(in_bfloat16, scheme, form, arguments)
     prepared.module.bfloat16()  # a CPU without bfloat16 has made it float32
-    units = find_units(
-        prepared.module, list(prepared.layers), prepared.model.routers, rules
-    )
+    layers = prepared.layers | (prepared.head_layer() if head else {})
+    units = find_units(prepared.module, list(layers), prepared.model.routers, rules)
     options = default_options(scheme, rules, form)
-    candidates = find_candidates(units, prepared.layers, scheme, options, rules, form)
+    candidates = find_candidates(units, layers, scheme, options, rules, form)
     export = ExportSizes.of(prepared, units, candidates, form)
     return Sizes(prepared, units, candidates, export)
 
@@ -202,39 +205,78 @@ def spend(cell: Cell) -> dict[str, Any]:
         return {"group_size": int(cell.way.split()[-1])}
     if cell.way == "W4A16_MIXED":
         return {"scheme": "W4A16_MIXED"}
-    if cell.way == "plan":
-        made = plan(cell.model, cell.scheme, cell.budget)
-        return {"layer_config": dict(made.layer_config)}
+    if cell.way in ("plan", WITH_HEAD):
+        return {"layer_config": plan(cell)}
     if cell.way == "AutoScheme":
         return {"scheme": auto_scheme(cell.model, cell.scheme, budget)}
     return {"layer_config": raised(cell.model, cell.scheme, budget, cell.way)}
 
 
-@cache
-def plan(model: str, scheme: str, budget_name: str) -> BitPlan:
-    """A plan, made once and kept in a file."""
-    budget = BUDGETS[budget_name]
-    name = f"{model}-{routing.weights_hash(model)}-{scheme}-{budget_name}.json"
-    path = PLANS / name.replace(" ", "")
-    if path.exists():
-        return BitPlan.load(path)
-    windows = routing.calibration_windows(PLANNING_WINDOWS, PLANNING_SEED)
-    started = time.process_time()
-    made = vsraq.plan_bits(
-        routing.load_bench_model(model),
-        list(windows.split(1)),
-        scheme,
-        budget=sizes(model, scheme, budget.engine).extra(budget),
-        engine=budget.engine,
-        export_format=export_format(scheme, budget.engine),
-        tokenizer=routing.load_tokenizer(),
-        **RUN,
+def plan(cell: Cell) -> dict[str, Any]:
+    """The exceptions of the plan with the least damage within a cell's budget."""
+    budget, head = BUDGETS[cell.budget], cell.way == WITH_HEAD
+    known = sizes(cell.model, cell.scheme, budget.engine, head)
+    chosen = planning.choose(
+        known.units,
+        known.candidates,
+        measured(cell.model, cell.scheme, budget.engine, head)[0],
+        planning.Sizes(known.export.bytes_of, known.limit(budget)),
+        {"kl": 1.0},
     )
-    seconds = f"{time.process_time() - started:.1f}"
-    made = replace(made, versions=dict(made.versions) | {"seconds": seconds})
-    PLANS.mkdir(parents=True, exist_ok=True)
-    made.save(path)
-    return made
+    return layers_of(known, chosen, budget.engine)
+
+
+@cache
+def measured(
+    model: str, scheme: str, engine: str | None, head: bool
+) -> tuple[planning.Measured, float]:
+    """What rounding does to a model, and the CPU seconds that it took to measure."""
+    known = sizes(model, scheme, engine, head)
+    parts = [model, routing.weights_hash(model), scheme, engine or "any"]
+    path = PLANS / "-".join([*parts, *(["head"] * head)])
+    path = path.with_suffix(".json")
+    if not path.exists():
+        prepared = PreparedModel.of(
+            routing.load_bench_model(model),
+            scheme,
+            export_format(scheme, engine),
+            {"tokenizer": routing.load_tokenizer(), **RUN},
+        )
+        windows = routing.calibration_windows(PLANNING_WINDOWS, PLANNING_SEED)
+        started = time.process_time()
+        found = planning.measure_units(
+            prepared.model, known.units, known.candidates, list(windows.split(1))
+        )
+        lines = {
+            "seconds": time.process_time() - started,
+            "uniform": asdict(found.uniform),
+            "flip_kl": found.adding.flip_kl,
+            "damages": [[*names, asdict(d)] for names, d in found.damages.items()],
+        }
+        PLANS.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(lines))
+    lines = json.loads(path.read_text())
+    damages = {(unit, name): Damage(**d) for unit, name, d in lines["damages"]}
+    adding = DamageModel(lines["flip_kl"])
+    found = planning.Measured(damages, Damage(**lines["uniform"]), adding)
+    return found, lines["seconds"]
+
+
+def layers_of(
+    known: Sizes, choice: Mapping[str, str], engine: str | None
+) -> dict[str, Any]:
+    """A choice as AutoRound's `layer_config`."""
+    fields = dict(known.prepared.all_layers)
+    for unit in known.units:
+        fields |= known.candidates.schemes[unit.name][choice[unit.name]]
+    outside = known.prepared.outside(fields)
+    return exceptions(
+        known.units,
+        fields,
+        known.prepared.default,
+        get_engine(engine),
+        outside=outside,
+    )
 
 
 def auto_scheme(model: str, scheme: str, budget: Budget) -> AutoScheme:
@@ -288,11 +330,7 @@ def raised(model: str, scheme: str, budget: Budget, way: str) -> dict[str, Any]:
         more = choice | {unit.name: best}
         if known.units_bytes(more) <= limit:
             choice = more
-    fields = dict(known.prepared.all_layers)
-    for unit in known.units:
-        fields |= known.candidates.schemes[unit.name][choice[unit.name]]
-    rules = get_engine(budget.engine)
-    return exceptions(known.units, fields, known.prepared.default, rules)
+    return layers_of(known, choice, budget.engine)
 
 
 # ── runs ──────────────────────────────────────────────────────────────────────
@@ -324,6 +362,9 @@ def run_cell(
     )
     q_model, _ = run.quantize()
     seconds = time.process_time() - started
+    if cell.way in ("plan", WITH_HEAD):
+        engine, head = BUDGETS[cell.budget].engine, cell.way == WITH_HEAD
+        seconds += measured(cell.model, cell.scheme, engine, head)[1]
     total, active = bytes_of_run(cell, run)
     if cell.scheme == "NVFP4":
         q_model = routing.reload_export(run, folder)
@@ -333,7 +374,7 @@ def run_cell(
 
 def bytes_of_run(cell: Cell, run: AutoRound) -> tuple[int, float]:
     """Bytes of the export in bfloat16, and those that a token reads."""
-    known = sizes(cell.model, cell.scheme, None)
+    known = sizes(cell.model, cell.scheme, None, cell.way == WITH_HEAD)
     total, active = known.export.plain, float(known.export.plain_active)
     for unit in known.units:
         schemes = {n: run.layer_config[n] for n in unit.layers}
@@ -417,6 +458,7 @@ class Row:
     active: list[float] = field(default_factory=list)
     jaccard: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
     nll: list[float] = field(default_factory=list)
     nll_error: list[float] = field(default_factory=list)
     jaccard_closed: list[float] = field(default_factory=list)
@@ -447,6 +489,7 @@ def rows(results: Sequence[Mapping[str, Any]]) -> dict[Key, Row]:
         row.active.append(result["active"] / 2**20)
         row.jaccard.append(jaccard)
         row.kl.append(result["kl"])
+        row.seconds.append(result["seconds"])
         row.nll.append(result["excess_nll"])
         row.nll_error.append(result["excess_nll_error"])
         row.jaccard_closed.append(routing.closed(jaccard, before, 1.0))
@@ -458,8 +501,9 @@ def format_table(table: Mapping[Key, Row]) -> str:
     """Every cell: mean over the seeds, and half the range of what is closed."""
     lines = [
         "| model | scheme | budget | bytes spent by | tuned by | MiB | active MiB | "
-        "Jaccard | closed % | KL | closed % | NLL beyond full precision | seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "Jaccard | closed % | KL | closed % | NLL beyond full precision | CPU s | "
+        "seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     order = [
         (model, scheme, budget, way, recipe)
@@ -479,7 +523,7 @@ def format_table(table: Mapping[Key, Row]) -> str:
             f"{mean(row.active):.3f} | {mean(row.jaccard):.4f} | "
             f"{spread(row.jaccard_closed, 1, 100)} | {mean(row.kl):.4f} | "
             f"{spread(row.kl_closed, 1, 100)} | {mean(row.nll):+.4f} ± "
-            f"{mean(row.nll_error):.4f} | {len(row.kl)} |"
+            f"{mean(row.nll_error):.4f} | {mean(row.seconds):.0f} | {len(row.kl)} |"
         )
     return "\n".join(lines)
 

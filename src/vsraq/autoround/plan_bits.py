@@ -129,9 +129,9 @@ def plan_bits(
         units=_planned_units(units, candidates, planned, sizes.bytes_of),
         default=dict(prepared.default),
         layer_config=_layer_config(prepared, units, candidates, planned, rules),
-        uniform=sizes.cost(candidates.base, planned.uniform),
+        uniform=sizes.cost(candidates.base, planned.measured.uniform),
         planned=sizes.cost(planned.chosen, planned.together),
-        flip_kl=planned.adding.flip_kl,
+        flip_kl=planned.measured.adding.flip_kl,
         versions=current_versions(),
     )
     _warn_of_prediction(plan)
@@ -213,7 +213,7 @@ def _planned_units(
     for unit in units:
         costs = {}
         for scheme in candidates.schemes[unit.name]:
-            damage = planned.damages[unit.name, scheme]
+            damage = planned.measured.damages[unit.name, scheme]
             size = bytes_of[unit.name, scheme]
             costs[scheme] = Cost(size, size * unit.read, damage.kl, damage.routing)
         chosen = planned.chosen[unit.name]

@@ -166,22 +166,33 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """What rounding does to a model; it holds for every budget.
+
+    Attributes:
+        damages: Of each unit with each scheme, alone, by their names.
+        uniform: Of all units with their base schemes.
+        adding: How damages add.
+    """
+
+    damages: Mapping[tuple[str, str], Damage]
+    uniform: Damage
+    adding: DamageModel
+
+
+@dataclass(frozen=True)
 class Planned:
     """A choice, and what was measured for it.
 
     Attributes:
         chosen: The name of each unit's scheme, by the unit's name.
-        damages: Of each unit with each scheme, alone.
-        uniform: Of all units with their base schemes.
+        measured: Of the units.
         together: Of all units with the chosen schemes.
-        adding: How damages add.
     """
 
     chosen: Mapping[str, str]
-    damages: Mapping[tuple[str, str], Damage]
-    uniform: Damage
+    measured: Measured
     together: Damage
-    adding: DamageModel
 
 
 def make_plan(
@@ -209,6 +220,26 @@ def make_plan(
         ValueError: The smallest schemes are over the limit.
         NotImplementedError: Blocks that run alone do not give what the model gives.
     """
+    measured = measure_units(model, units, candidates, batches, progress=progress)
+    chosen = choose(units, candidates, measured, sizes, metric)
+    title = "Measuring the plan" if progress else None
+    whole = _trial_of(units, candidates, chosen)
+    together = measure_damage(model, [whole], batches, progress=title)[0]
+    return Planned(chosen, measured, together)
+
+
+def measure_units(
+    model: MeasuredModel,
+    units: Sequence[Unit],
+    candidates: Candidates,
+    batches: Sequence[Tensor],
+    *,
+    progress: bool = False,
+) -> Measured:
+    """Measure every unit with every scheme, and all together with their base schemes.
+
+    Arguments and errors are those of `make_plan`.
+    """
     model.check(batches[0])
     schemes = candidates.schemes
     trials = {
@@ -227,39 +258,39 @@ def make_plan(
     adding = DamageModel.fit(
         [damages[unit.name, candidates.base[unit.name]] for unit in units], uniform
     )
-    chosen = _choose(units, candidates, damages, adding, sizes, metric, uniform)
-    title = "Measuring the plan" if progress else None
-    whole = _trial_of(units, candidates, chosen)
-    together = measure_damage(model, [whole], batches, progress=title)[0]
-    return Planned(chosen, damages, uniform, together, adding)
+    return Measured(damages, uniform, adding)
 
 
-def _choose(
+def choose(
     units: Sequence[Unit],
     candidates: Candidates,
-    damages: Mapping[tuple[str, str], Damage],
-    adding: DamageModel,
+    measured: Measured,
     sizes: Sizes,
     metric: Mapping[str, float],
-    uniform: Damage,
 ) -> dict[str, str]:
+    """Return the name of each unit's scheme: the least damage within the sizes.
+
+    Arguments and errors are those of `make_plan`.
+    """
     priced = [
         {
             name: Priced(
                 sizes.of[unit.name, name],
                 sizes.of[unit.name, name] * unit.read,
-                damages[unit.name, name],
+                measured.damages[unit.name, name],
             )
             for name in candidates.schemes[unit.name]
         }
         for unit in units
     ]
+    uniform = measured.uniform
     weights = Metric(
         metric.get("kl", 0.0) / (uniform.kl or 1.0),
         metric.get("routing", 0.0) / (uniform.routing or 1.0),
     )
     base = [candidates.base[unit.name] for unit in units]
-    chosen = allocate(priced, base, adding, weights, sizes.limit, sizes.active_limit)
+    limits = sizes.limit, sizes.active_limit
+    chosen = allocate(priced, base, measured.adding, weights, *limits)
     return {unit.name: name for unit, name in zip(units, chosen, strict=True)}
 
 
