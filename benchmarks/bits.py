@@ -528,6 +528,68 @@ def format_table(table: Mapping[Key, Row]) -> str:
     return "\n".join(lines)
 
 
+# what plans are to close of AutoRound's gap, %: (KL, Jaccard)
+AIMS: dict[tuple[tuple[str, ...], str], tuple[float, float]] = {
+    (("W4A16",), "+3 % vllm"): (35.0, 35.0),
+    (("W4A16", "W3A16"), "0 %"): (45.0, 50.0),
+    (("NVFP4",), "+4 %"): (30.0, 30.0),
+}
+
+
+def format_aims(table: Mapping[Key, Row]) -> str:
+    """What plans and the default recipe close, mean over models, beside the aims."""
+    lines = [
+        "| schemes | budget | bytes spent by | cells | Jaccard closed % | aim | "
+        "KL closed % | aim |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for (schemes, budget), (kl, jaccard) in AIMS.items():
+        for way in ("plan", WITH_HEAD, "AutoScheme"):
+            found = [
+                row
+                for (_, *key_), row in table.items()
+                if key_[0] in schemes and key_[1:] == [budget, way, "default"]
+            ]
+            if found:
+                means = [
+                    100 * statistics.mean(map(statistics.mean, closed))
+                    for closed in (
+                        [row.jaccard_closed for row in found],
+                        [row.kl_closed for row in found],
+                    )
+                ]
+                lines.append(
+                    f"| {', '.join(schemes)} | {budget} | {way} | {len(found)} | "
+                    f"{means[0]:.1f} | {jaccard:.0f} | {means[1]:.1f} | {kl:.0f} |"
+                )
+    return "\n".join(lines)
+
+
+def format_duels(table: Mapping[Key, Row]) -> str:
+    """The KL of plans beside that of other ways to spend the same bytes."""
+    lines = [
+        "| bytes spent by | tuned by | plan is ahead | KL of the plan, % less (mean) |"
+        " least | most |",
+        "|---|---|---|---|---|---|",
+    ]
+    ways = ("AutoScheme", "W4A16_MIXED", "attention first", *RANDOM)
+    for way in ways:
+        for recipe in RECIPES:
+            less = [
+                100 * (1 - statistics.mean(plan.kl) / statistics.mean(row.kl))
+                for key_, row in table.items()
+                if key_[3:] == (way, recipe)
+                and (plan := table.get((*key_[:3], "plan", recipe))) is not None
+            ]
+            if less:
+                ahead = sum(value > 0 for value in less)
+                lines.append(
+                    f"| {way} | {recipe} | {ahead} of {len(less)} | "
+                    f"{statistics.mean(less):.1f} | {min(less):.1f} | {max(less):.1f} |"
+                )
+    return "\n".join(lines)
+
+
 def plot(table: Mapping[Key, Row], path: Path) -> None:
     """KL over bytes: a panel for each model and scheme."""
     import matplotlib
@@ -535,12 +597,24 @@ def plot(table: Mapping[Key, Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = list(dict.fromkeys((model, scheme) for model, scheme, *_ in table))
+    models = [m for m in routing.MODELS if any(m == key_[0] for key_ in table)]
+    schemes = [n for n in SCHEMES if any(n == key_[1] for key_ in table)]
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(1 + 3 * len(panels), 3.5), squeeze=False
+        len(models),
+        len(schemes),
+        figsize=(3 * len(schemes), 1 + 2.4 * len(models)),
+        squeeze=False,
     )
-    markers = {"uniform": "s", "plan": "o", "AutoScheme": "^", "W4A16_MIXED": "D"}
-    for axis, panel in zip(axes[0], panels, strict=True):
+    panels = [(model, scheme) for model in models for scheme in schemes]
+    markers = {
+        "uniform": "s",
+        "plan": "o",
+        WITH_HEAD: "*",
+        "AutoScheme": "^",
+        "W4A16_MIXED": "D",
+        "attention first": "v",
+    }
+    for axis, panel in zip(axes.flat, panels, strict=True):
         for key_, row in table.items():
             if key_[:2] != panel:
                 continue
@@ -558,11 +632,11 @@ def plot(table: Mapping[Key, Row], path: Path) -> None:
         axis.set_xlim(middle - half, middle + half)  # ways may have the same bytes
         axis.set_ylim(bottom=0)
         axis.set_title(" ".join(panel), fontsize=8)
-        axis.set_xlabel("export, MiB", fontsize=8)
         axis.tick_params(labelsize=7)
-    axes[0][0].set_ylabel("KL to full precision, nats", fontsize=8)
+    figure.supxlabel("export, MiB", fontsize=8)
+    figure.supylabel("KL to full precision, nats", fontsize=8)
     handles = {}
-    for axis in axes[0]:
+    for axis in axes.flat:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     figure.legend(
@@ -607,8 +681,16 @@ if __name__ == "__main__":
     else:
         found = rows(routing.read_results(arguments.results))
         if arguments.command == "document":
-            routing.write_document(arguments.path, {"bits": format_table(found)})
+            routing.write_document(
+                arguments.path,
+                {
+                    "bits aims": format_aims(found),
+                    "bits duels": format_duels(found),
+                    "bits": format_table(found),
+                },
+            )
         else:
+            print(format_aims(found), format_duels(found), sep="\n\n", end="\n\n")
             print(format_table(found))
             if arguments.plot:
                 plot(found, arguments.plot)
