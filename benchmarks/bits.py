@@ -347,6 +347,8 @@ def run_cell(
     cell: Cell, fp_model: nn.Module, texts: Any, folder: Path
 ) -> dict[str, Any]:
     samples = routing.calibration_windows(cell.nsamples, cell.seed)
+    # before the run: a second AutoRound takes the place of the first one's settings
+    sizes(cell.model, cell.scheme, None, cell.way == WITH_HEAD)
     spending = spend(cell)
     started = time.process_time()
     run = AutoRound(
