@@ -23,7 +23,8 @@ test-full: $(STAMP)
 
 # every MoE family, every scheme and option of AutoRound; `test` has some of each kind
 test-families: $(STAMP)
-	$(PYTEST) --full tests/test_every_family.py tests/test_families.py
+	$(PYTEST) --full tests/test_every_family.py tests/test_families.py \
+	    tests/test_replay.py
 
 test-range: $(STAMP)
 	$(PYTEST) --full tests/test_autoround_range.py

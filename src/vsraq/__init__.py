@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from wrapt import when_imported
 
 if TYPE_CHECKING:
+    from vsraq.analysis import RoutingRecord, record_routing, replay_routing
     from vsraq.autoround.config import VSRAQConfig
     from vsraq.autoround.plan_bits import plan_bits
     from vsraq.autoround.select_tokens import select_tokens
@@ -26,10 +27,13 @@ _ROOMS = {
     "OBJECTIVES": "vsraq.objectives",
     "Objective": "vsraq.objectives",
     "Router": "vsraq.routers",
+    "RoutingRecord": "vsraq.analysis",
     "VSRAQConfig": "vsraq.autoround",
     "find_routers": "vsraq.routers",
     "plan_bits": "vsraq.autoround",
     "realign_routers": "vsraq.realignment",
+    "record_routing": "vsraq.analysis",
+    "replay_routing": "vsraq.analysis",
     "select_tokens": "vsraq.autoround",
 }
 
@@ -39,11 +43,14 @@ __all__ = [
     "BitPlan",
     "Objective",
     "Router",
+    "RoutingRecord",
     "VSRAQConfig",
     "__version__",
     "find_routers",
     "plan_bits",
     "realign_routers",
+    "record_routing",
+    "replay_routing",
     "select_tokens",
 ]
 
