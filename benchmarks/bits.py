@@ -36,7 +36,7 @@ from torch import nn
 
 import routing
 import vsraq
-from vsraq.analysis import compare
+from vsraq.analysis import closeness
 from vsraq.autoround import planning
 from vsraq.autoround.export_sizes import ExportSizes
 from vsraq.autoround.plan_bits import default_options
@@ -371,7 +371,7 @@ def run_cell(
     if cell.scheme == "NVFP4":
         q_model = routing.reload_export(run, folder)
     result = asdict(cell) | {"seconds": seconds, "bytes": total, "active": active}
-    return result | asdict(compare(q_model.cpu().float(), fp_model, texts["heldout"]))
+    return result | asdict(closeness(q_model.cpu().float(), fp_model, texts["heldout"]))
 
 
 def bytes_of_run(cell: Cell, run: AutoRound) -> tuple[int, float]:

@@ -17,7 +17,7 @@ from auto_round import AutoRound
 from torch import Tensor, nn
 
 import routing
-from vsraq.analysis import compare
+from vsraq.analysis import closeness
 
 
 def nvfp4_run(name: str, samples: Tensor) -> AutoRound:
@@ -48,7 +48,7 @@ def report(name: str) -> None:
         q_model = routing.reload_export(run, Path(folder))
 
     def show(what: str) -> None:
-        result = compare(q_model, fp_model, texts)
+        result = closeness(q_model, fp_model, texts)
         figures = f"Jaccard {result.mean_jaccard:.4f}  KL {result.kl:.4f}"
         print(f"{name:12} {what:12} {figures}")
 

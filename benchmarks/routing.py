@@ -45,7 +45,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 import vsraq
-from vsraq.analysis import compare
+from vsraq.analysis import closeness
 from vsraq.checkpoint import load_model
 from vsraq.demo import model_path
 from vsraq.demo.run import SEQLEN, load_tokenizer, token_windows
@@ -325,7 +325,7 @@ def run_cell(
     if mask is not None:
         result["selected_tokens"] = mask.share
     for name, batches in texts.items():
-        result[name] = asdict(compare(q_model, fp_model, batches))
+        result[name] = asdict(closeness(q_model, fp_model, batches))
     return result
 
 

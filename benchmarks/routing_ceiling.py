@@ -24,7 +24,7 @@ from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from torch import Tensor, nn
 
 import routing
-from vsraq.analysis import compare
+from vsraq.analysis import closeness
 from vsraq.capture import RouterCapture
 from vsraq.metrics import StreamingMean, output_kl
 from vsraq.realignment import realign_routers
@@ -88,7 +88,7 @@ def report(name: str, scheme: str, seed: int) -> None:
         )
 
     def compared(model: nn.Module) -> tuple[float, float]:
-        result = compare(model, fp_model, texts)
+        result = closeness(model, fp_model, texts)
         return result.mean_jaccard, result.kl
 
     show("AutoRound", *compared(q_model))

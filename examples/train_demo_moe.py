@@ -36,7 +36,7 @@ from transformers import (
     SolarOpenConfig,
 )
 
-from vsraq.analysis import compare
+from vsraq.analysis import closeness
 from vsraq.demo.run import (
     HELDOUT_WINDOWS,
     SEQLEN,
@@ -249,7 +249,7 @@ def report(path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(path)
     heldout = token_windows(tokenizer, "heldout", HELDOUT_WINDOWS)
     model = load_demo_model(path)
-    own = compare(model, model, heldout.split(BATCH))
+    own = closeness(model, model, heldout.split(BATCH))
     unigram = unigram_perplexity(token_stream(tokenizer, "train"), heldout)
     rounded = AutoRound(
         load_demo_model(path),
@@ -260,7 +260,7 @@ def report(path: Path) -> None:
         device_map="cpu",
     )
     rounded, _ = rounded.quantize()
-    shifted = compare(rounded, model, heldout.split(BATCH))
+    shifted = closeness(rounded, model, heldout.split(BATCH))
     size = sum(file.stat().st_size for file in path.iterdir())
     bias = [
         getattr(module, "e_score_correction_bias", torch.zeros(1))

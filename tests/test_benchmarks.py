@@ -13,7 +13,7 @@ import torch
 import routing
 import routing_ceiling
 from vsraq import VSRAQConfig
-from vsraq.analysis import compare
+from vsraq.analysis import closeness
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,7 +86,7 @@ def test_full_precision_routing_leaves_the_damage_of_the_layers():
     with torch.no_grad():
         q_model.model.layers[0].self_attn.o_proj.weight.mul_(0.9)
     routed = routing_ceiling.kl_with_routing(q_model, fp_model, batches)
-    assert 0 < routed < compare(q_model, fp_model, batches).kl
+    assert 0 < routed < closeness(q_model, fp_model, batches).kl
 
 
 def test_the_cost_of_selecting_tokens_is_measured():

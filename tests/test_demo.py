@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import SolarOpenForCausalLM
 
-from vsraq.analysis import compare
+from vsraq.analysis import closeness
 from vsraq.demo import model_path, run
 from vsraq.demo.text import documents, split_of
 
@@ -60,7 +60,7 @@ def test_the_embedded_model_has_learnt():
     tokenizer = run.load_tokenizer()
     windows = run.token_windows(tokenizer, "heldout", 16)
     model = run.load_demo_model()
-    result = compare(model, model, windows.split(8))
+    result = closeness(model, model, windows.split(8))
     train = run.token_windows(tokenizer, "train", 1500).flatten()
     counts = torch.bincount(train, minlength=len(tokenizer)).double() + 1
     log_p = (counts / counts.sum()).log()

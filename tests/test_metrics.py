@@ -13,7 +13,7 @@ from transformers import (
 import reference
 from vsraq.metrics import (
     StreamingMean,
-    _candidates,
+    candidates,
     jaccard,
     jsd,
     next_token_nll,
@@ -132,7 +132,7 @@ def test_candidates_are_those_of_transformers(kind, sampling):
         warpers.append(TopPLogitsWarper(config.top_p))
     for logits in pairs(kind):
         expected = warpers(None, logits).softmax(-1)
-        index, p = _candidates("logits", logits, **values)
+        index, p = candidates("logits", logits, **values)
         actual = torch.zeros(logits.shape).scatter_(-1, index, p)
         assert torch.equal(actual > 0, expected > 0)
         torch.testing.assert_close(actual, expected)

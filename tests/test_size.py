@@ -10,8 +10,8 @@ from torch import nn
 import at_size
 import tiny
 from vsraq import VSRAQConfig
-from vsraq.analysis import compare
-from vsraq.analysis.compare import CHUNK_TOKENS
+from vsraq.analysis import closeness
+from vsraq.analysis.passes import CHUNK_TOKENS
 from vsraq.autoround import alignment_run
 from vsraq.autoround.aligned_block import AlignedBlock
 from vsraq.autoround.checks import check_smoothing
@@ -49,7 +49,7 @@ def test_comparison_never_holds_the_logits_of_a_batch():
         )
         for model in models
     ]
-    result = compare(*models, [batch])
+    result = closeness(*models, [batch])
     assert sum(rows) == 2 * batch.numel()
     assert max(rows) == CHUNK_TOKENS
     for handle in handles:
@@ -65,8 +65,8 @@ def test_comparison_never_holds_the_logits_of_a_batch():
 def test_comparison_where_the_head_cannot_be_opened():
     models = [tiny.tiny_model("qwen3_moe", seed) for seed in (0, 1)]
     batches = torch.cat(tiny.calibration(samples=12)).split(6)
-    expected = compare(*models, batches)
-    result = compare(*(WithoutEmbeddings(model) for model in models), batches)
+    expected = closeness(*models, batches)
+    result = closeness(*(WithoutEmbeddings(model) for model in models), batches)
     assert result.kl == pytest.approx(expected.kl, rel=1e-4)
     assert result.perplexity == pytest.approx(expected.perplexity, rel=1e-4)
     assert list(result.jaccard.values()) == list(expected.jaccard.values())

@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, Any
 from wrapt import when_imported
 
 if TYPE_CHECKING:
-    from vsraq.analysis import RoutingRecord, record_routing, replay_routing
+    from vsraq.analysis import (
+        RoutingRecord,
+        compare,
+        record_routing,
+        replay_routing,
+    )
     from vsraq.autoround.config import VSRAQConfig
     from vsraq.autoround.plan_bits import plan_bits
     from vsraq.autoround.select_tokens import select_tokens
@@ -29,6 +34,7 @@ _ROOMS = {
     "Router": "vsraq.routers",
     "RoutingRecord": "vsraq.analysis",
     "VSRAQConfig": "vsraq.autoround",
+    "compare": "vsraq.analysis",
     "find_routers": "vsraq.routers",
     "plan_bits": "vsraq.autoround",
     "realign_routers": "vsraq.realignment",
@@ -46,6 +52,7 @@ __all__ = [
     "RoutingRecord",
     "VSRAQConfig",
     "__version__",
+    "compare",
     "find_routers",
     "plan_bits",
     "realign_routers",

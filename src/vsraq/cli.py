@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: `vsraq demo | plan | quantize | select-tokens | verify | ...`."""
+"""The command line: `vsraq demo | plan | quantize | verify | compare | ...`."""
 
 import argparse
 import sys
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vsraq import __version__
+from vsraq.compare_command import add_compare, run_compare
 
 _EXIT_CODES = """exit status:
   0    fine
@@ -95,8 +96,9 @@ def _add_commands(commands: Any) -> list[argparse.ArgumentParser]:
         action="store_true",
         help="run the code that comes with the reference",
     )
+    compare = add_compare(commands)
     families = commands.add_parser("families", help="what works for each MoE family")
-    return [demo, plan, quantize, select, verify, families]
+    return [demo, plan, quantize, select, verify, compare, families]
 
 
 def _add_plan_options(plan: argparse.ArgumentParser) -> None:
@@ -161,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "quantize": _quantize,
         "select-tokens": _select_tokens,
         "verify": _verify,
+        "compare": run_compare,
         "families": _families,
     }[arguments.command]
     try:

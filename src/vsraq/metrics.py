@@ -69,7 +69,9 @@ def jsd(q_logits: Tensor, fp_logits: Tensor) -> Tensor:
     _check_equal_shapes("logits", q_logits, fp_logits)
     _check_highest("q_logits", q_logits.amax(-1))
     _check_highest("fp_logits", fp_logits.amax(-1))
-    return _jsd(q_logits.float().softmax(-1), fp_logits.float().softmax(-1))
+    return jsd_of_probabilities(
+        q_logits.float().softmax(-1), fp_logits.float().softmax(-1)
+    )
 
 
 def sampled_jsd(
@@ -107,8 +109,17 @@ def sampled_jsd(
     check_sampling(temperature=temperature, top_k=top_k, top_p=top_p)
     _check_equal_shapes("logits", q_logits, fp_logits)
     sampling = (temperature, top_k, top_p)
-    q_index, q_p = _candidates("q_logits", q_logits, *sampling)
-    fp_index, fp_p = _candidates("fp_logits", fp_logits, *sampling)
+    return candidates_jsd(
+        candidates("q_logits", q_logits, *sampling),
+        candidates("fp_logits", fp_logits, *sampling),
+    )
+
+
+def candidates_jsd(
+    q_candidates: tuple[Tensor, Tensor], fp_candidates: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Compute `sampled_jsd` from what `candidates` has found, (...), nats."""
+    (q_index, q_p), (fp_index, fp_p) = q_candidates, fp_candidates
     # The union without a V-sized tensor: concatenated and sorted by token, a token
     # occurs at most twice, once per model, in neighbouring places.
     index, order = torch.cat((q_index, fp_index), -1).sort(dim=-1, stable=True)
@@ -119,7 +130,7 @@ def sampled_jsd(
     fp_p = fp_p + F.pad(fp_of_next, (0, 1))
     # the second of a pair is counted with the first
     fp_p[..., 1:] = torch.where(twice, 0.0, fp_p[..., 1:])
-    return _jsd(q_p, fp_p)
+    return jsd_of_probabilities(q_p, fp_p)
 
 
 def routing_shift(q_selected: Tensor, fp_selected: Tensor, *, p: float = 0.9) -> Tensor:
@@ -214,14 +225,29 @@ def check_sampling(
         )
 
 
-def _candidates(
+def candidates(
     name: str,
     logits: Tensor,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return tokens (..., m) and their probabilities, 0 where filtered out."""
+    """Find the tokens that a model would sample from, as `sampled_jsd` does.
+
+    Args:
+        name: What an error calls the logits.
+        logits: (..., V).
+        temperature: As `check_sampling` allows, and so are the next two.
+        top_k: How many candidates at most; None or 0 takes the whole vocabulary.
+        top_p: Probability that they hold; None or 1 keeps all.
+
+    Returns:
+        Tokens, (..., m), the most likely first and equal ones by index, and their
+        probabilities, 0 where filtered out.
+
+    Raises:
+        ValueError: Logits are +inf, NaN or all -inf.
+    """
     vocabulary = logits.shape[-1]
     values, index = _highest(logits, min(top_k or vocabulary, vocabulary))
     _check_highest(name, values[..., 0])
@@ -243,11 +269,11 @@ def _highest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         fewer, and their indices.
     """
     vocabulary = logits.shape[-1]
-    width = count
+    # equal logits are frequent in bfloat16, and one more shows whether there are any
+    width, more = count, 1 if logits.dtype == torch.float32 else count
     while True:
-        # Equal logits are frequent in bfloat16. Comparing all V to the last one would
-        # take several times as long as these.
-        width = min(2 * width, vocabulary)
+        # Comparing all V to the last one would take several times as long as these.
+        width = min(width + more, vocabulary)
         values, index = logits.topk(width, dim=-1)
         lowest = values[..., count - 1, None]
         # clamped, because -inf is no candidate where fewer than `count` are finite
@@ -255,6 +281,7 @@ def _highest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         most = int(among.sum(-1).max()) if among.numel() else count
         if most < width or width == vocabulary:
             break
+        more = width
     most = max(most, 1)
     values = values.masked_fill(values < lowest, -math.inf)
     # topk leaves the order of equal logits open, and top-p may cut among them
@@ -265,14 +292,28 @@ def _highest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values, index.gather(-1, order)
 
 
-def _jsd(q: Tensor, fp: Tensor) -> Tensor:
-    """Compute the JSD over the same tokens, (..., N) x (..., N) -> (...)."""
+def jsd_of_probabilities(q: Tensor, fp: Tensor) -> Tensor:
+    """Compute the Jensen-Shannon divergence of two distributions over the same tokens.
+
+    Args:
+        q: Probabilities of the quantized model, (..., N).
+        fp: Those of the full-precision model, (..., N).
+
+    Returns:
+        (...), nats, from 0 to ln 2; exactly 0 for equal ones.
+    """
     total = q + fp
     # With d in [-1, 1], q = m (1 + d) and fp = m (1 - d): small differences do not
     # cancel, as they would in q log(q / m) + fp log(fp / m).
-    d = torch.where(total > 0, (q - fp) / total, 0.0)
-    terms = torch.special.xlog1py(1 + d, d) + torch.special.xlog1py(1 - d, -d)
-    return (total * terms).sum(-1).div(4).clamp(0, math.log(2))
+    d = (q - fp).div_(total.clamp(min=torch.finfo(total.dtype).tiny))
+    terms = _xlog(d).add_(_xlog(d.neg()))
+    return terms.mul_(total).sum(-1).div(4).clamp(0, math.log(2))
+
+
+def _xlog(d: Tensor) -> Tensor:
+    """Compute (1 + d) log(1 + d), 0 at d = -1; xlog1py takes eight times as long."""
+    # no other logarithm is as low as -1e3, so the product is 0 at d = -1 only
+    return d.log1p().clamp_(min=-1e3).mul_(d + 1)
 
 
 def _check_highest(name: str, highest: Tensor) -> None:

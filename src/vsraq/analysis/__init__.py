@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare a quantized model with the full-precision one."""
+"""Compare quantized models with the full-precision one."""
 
-from vsraq.analysis.compare import Comparison, compare
+from vsraq.analysis.closeness import Closeness, closeness
+from vsraq.analysis.compare_models import compare
+from vsraq.analysis.intervals import Interval
 from vsraq.analysis.replay import replay_routing
+from vsraq.analysis.results import Comparison
 from vsraq.analysis.routing_record import RoutingRecord, record_routing
+from vsraq.analysis.tally import Thresholds
 
 __all__ = [
+    "Closeness",
     "Comparison",
+    "Interval",
     "RoutingRecord",
+    "Thresholds",
+    "closeness",
     "compare",
     "record_routing",
     "replay_routing",

@@ -7,7 +7,7 @@ no loader of another library can hide what is missing.
 
 from vsraq.checkpoint.faults import CheckpointError
 from vsraq.checkpoint.formats import check_formats
-from vsraq.checkpoint.load import load_model
+from vsraq.checkpoint.load import load_model, local_folder
 from vsraq.checkpoint.reader import Checkpoint
 from vsraq.checkpoint.verify import Verification, verify
 
@@ -17,5 +17,6 @@ __all__ = [
     "Verification",
     "check_formats",
     "load_model",
+    "local_folder",
     "verify",
 ]

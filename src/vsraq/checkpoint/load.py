@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -60,6 +62,27 @@ def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     with _same_conversion_afterwards(config["model_type"]):
         model: PreTrainedModel = model_class(config).from_pretrained(path, **kwargs)
     return model.eval()
+
+
+def local_folder(model: str | Path, argument: str = "reference") -> Path:
+    """Find a checkpoint: the folder itself, or where the hub's client has put it.
+
+    Args:
+        model: A folder, or the name of a model in the hub's cache.
+        argument: What an error calls it.
+
+    Raises:
+        FileNotFoundError: It is neither.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        return Path(snapshot_download(str(model), local_files_only=True))
+    except (HFValidationError, LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{argument}={str(model)!r}: neither a folder nor a model in the hub's "
+            "cache on this machine; allowed are those two"
+        ) from error
 
 
 @contextmanager

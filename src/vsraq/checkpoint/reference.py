@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from vsraq.checkpoint.faults import CheckpointError
-from vsraq.checkpoint.load import model_class
+from vsraq.checkpoint.load import local_folder, model_class
 from vsraq.checkpoint.names import block_of
 from vsraq.checkpoint.reader import Checkpoint
 
@@ -158,7 +156,7 @@ def open_reference(
     """The reference of `vsraq.checkpoint.verify`, whatever it was given as."""
     if isinstance(reference, nn.Module):
         return InMemory(reference)
-    return Folder(_local_folder(reference), trust_remote_code, stack)
+    return Folder(local_folder(reference), trust_remote_code, stack)
 
 
 def own_tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -208,19 +206,6 @@ def _from_fp8(weight: Tensor, scale: Tensor) -> Tensor:
             factors = factors.repeat_interleave(size, dim)
         factors = factors[: values.shape[0], : values.shape[1]]
     return (values * factors).bfloat16()
-
-
-def _local_folder(reference: str | Path) -> Path:
-    """The folder itself, or where the hub's client has put a model's files."""
-    if Path(reference).is_dir():
-        return Path(reference)
-    try:
-        return Path(snapshot_download(str(reference), local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"reference={str(reference)!r}: neither a folder nor a model in the hub's "
-            "cache on this machine; allowed are those two"
-        ) from error
 
 
 def _skeleton(path: Path, trust_remote_code: bool) -> nn.Module:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from vsraq.analysis import Comparison, compare
+from vsraq.analysis import Closeness, closeness
 from vsraq.checkpoint import Checkpoint, load_model, verify
 from vsraq.demo import model_path
 from vsraq.demo.text import Split, documents
@@ -63,7 +63,7 @@ class Row:
 
     scheme: str
     method: str
-    comparison: Comparison
+    comparison: Closeness
     seconds: float
     mebibytes: float
 
@@ -139,7 +139,7 @@ def run_demo(output: Path | None = None, *, iters: int = ITERS) -> str:
         Row(
             "bfloat16",
             "none",
-            compare(fp_model, fp_model, heldout),
+            closeness(fp_model, fp_model, heldout),
             0.0,
             _size(model_path()),
         )
@@ -147,7 +147,7 @@ def run_demo(output: Path | None = None, *, iters: int = ITERS) -> str:
     with _folder(output) as folder:
         for scheme, name, recipe in recipes(folder, iters):
             path, seconds = _export(recipe, tokenizer, calibration)
-            comparison = compare(load_demo_model(path), fp_model, heldout)
+            comparison = closeness(load_demo_model(path), fp_model, heldout)
             rows.append(Row(scheme, name, comparison, seconds, _size(path)))
     return format_table(rows)
 

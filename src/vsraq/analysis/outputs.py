@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the next-token distribution of a token changed: every metric from one softmax.
+
+`vsraq.metrics` has the same metrics one by one. Together they take less than half the
+time: each distribution is computed once, in parts that stay in the processor's cache.
+
+Shapes: n tokens, V vocabulary.
+"""
+
+from dataclasses import asdict
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vsraq.metrics import candidates, candidates_jsd, jsd_of_probabilities
+from vsraq.tokens.sampling import Sampling
+
+# float32 values of a part: six such tensors are alive at once
+_PART_VALUES = 2**17
+
+
+class OutputChange(NamedTuple):
+    """The output of a quantized model against full precision, for each of n tokens.
+
+    Attributes:
+        q_nll: NLL of the next token, nats; 0 where it is unknown.
+        fp_nll: The same in full precision.
+        kl: KL(fp || q), nats.
+        jsd: Jensen-Shannon divergence over the vocabulary (SRA Eq. 10), nats.
+        sampled_jsd: The same of what would be sampled (SRA Eq. 2, 11-12), nats.
+        top1_agreement: 1 where both find the same token most likely.
+    """
+
+    q_nll: Tensor
+    fp_nll: Tensor
+    kl: Tensor
+    jsd: Tensor
+    sampled_jsd: Tensor
+    top1_agreement: Tensor
+
+
+def output_change(
+    q_logits: Tensor, fp_logits: Tensor, next_ids: Tensor, sampling: Sampling
+) -> OutputChange:
+    """Compute every output metric of some tokens.
+
+    Args:
+        q_logits: Output logits of the quantized model, (n, V); -inf masks a token.
+        fp_logits: Those of the full-precision model, (n, V), on the same device.
+        next_ids: The token after each, (n,); negative where there is none.
+        sampling: How outputs are sampled.
+
+    Returns:
+        Float32, (n,) each; divergences are exactly 0 for equal logits.
+
+    Raises:
+        ValueError: The vocabularies differ, or logits are +inf, NaN or all -inf.
+    """
+    if q_logits.shape != fp_logits.shape:
+        raise ValueError(
+            f"the quantized model gives {q_logits.shape[-1]} logits per token and the "
+            f"full-precision one {fp_logits.shape[-1]}: allowed are equal vocabularies"
+        )
+    values = asdict(sampling)
+    q_found = candidates("the quantized model's logits", q_logits, **values)
+    fp_found = candidates("the full-precision logits", fp_logits, **values)
+    part = max(_PART_VALUES // q_logits.shape[-1], 8)
+    if q_logits.device.type != "cpu":
+        part = len(q_logits)
+    parts = [
+        _divergences(*tensors)
+        for tensors in zip(
+            *(t.split(part) for t in (q_logits, fp_logits, next_ids)), strict=True
+        )
+    ]
+    q_nll, fp_nll, kl, jsd = torch.cat(parts, dim=-1)
+    if not kl.isfinite().all():
+        raise ValueError(
+            "the quantized model masks a token (its logit is -inf) that has a "
+            "probability in full precision, so KL is infinite; allowed are models that "
+            "mask the same tokens"
+        )
+    same = q_found[0][:, 0] == fp_found[0][:, 0]
+    return OutputChange(
+        q_nll, fp_nll, kl, jsd, candidates_jsd(q_found, fp_found), same.float()
+    )
+
+
+def _divergences(q_logits: Tensor, fp_logits: Tensor, next_ids: Tensor) -> Tensor:
+    """Return the NLL of q and fp, KL and JSD, (4, n)."""
+    q_scores, q_p, q_log_sum = _softmax(q_logits)
+    fp_scores, fp_p, fp_log_sum = _softmax(fp_logits)
+    known = next_ids >= 0
+    index = next_ids.clamp(min=0).unsqueeze(-1)
+    nll = [
+        (log_sum - scores.gather(-1, index).squeeze(-1)) * known
+        for scores, log_sum in ((q_scores, q_log_sum), (fp_scores, fp_log_sum))
+    ]
+    masked = fp_scores.amin(-1).isneginf().any()
+    ratio = fp_scores.sub_(q_scores)
+    if masked:  # a token without probability counts for nothing
+        ratio.masked_fill_(fp_p == 0, 0)
+    kl = torch.linalg.vecdot(fp_p, ratio) - (fp_log_sum - q_log_sum)
+    return torch.stack((*nll, kl.clamp(min=0), jsd_of_probabilities(q_p, fp_p)))
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return scores z - max, (n, V), softmax, (n, V), and log sum exp score, (n,)."""
+    scores = logits.float()
+    scores = scores - scores.amax(-1, keepdim=True)
+    p = scores.exp()
+    total = p.sum(-1, keepdim=True)
+    return scores, p.div_(total), total.squeeze(-1).log()

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model to compare: a folder that is loaded for its pass only, or a live module."""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from vsraq.checkpoint import load_model, local_folder
+
+ModelOrPath: TypeAlias = nn.Module | str | Path
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How models are loaded from folders.
+
+    Attributes:
+        dtype: What to compute in, such as "float32"; None takes the checkpoint's.
+        device: Where to, such as "cuda:0", or "auto" for all devices; None is the CPU.
+        trust_remote_code: As in transformers.
+    """
+
+    dtype: str | torch.dtype | None = None
+    device: str | None = None
+    trust_remote_code: bool = False
+
+    def keywords(self) -> dict[str, Any]:
+        """Return keywords of `from_pretrained`."""
+        given = {
+            "dtype": self.dtype,
+            "device_map": self.device,
+            "trust_remote_code": self.trust_remote_code or None,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+
+class ModelSource:
+    """A model in memory, or the folder of one.
+
+    Args:
+        argument: What an error calls it.
+        given: The module, the folder, or the name of a model in the hub's cache.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        TypeError: It is neither.
+    """
+
+    def __init__(self, argument: str, given: ModelOrPath) -> None:
+        self.module = given if isinstance(given, nn.Module) else None
+        self.folder: Path | None = None
+        if isinstance(given, str | Path):
+            self.folder = local_folder(given, argument)
+            if not (self.folder / "config.json").is_file():
+                raise FileNotFoundError(
+                    f"{argument}={str(given)!r}: no config.json there; allowed is the "
+                    "folder of a saved model"
+                )
+            self.label = str(given)
+        elif self.module is not None:
+            self.label = f"{type(given).__name__} in memory"
+        else:
+            raise TypeError(
+                f"{argument}={type(given).__name__}: allowed is a model, or the path "
+                "of one"
+            )
+
+    @property
+    def mebibytes(self) -> float | None:
+        """Size of its safetensors files, MiB; None for a module."""
+        if self.folder is None:
+            return None
+        files = self.folder.glob("*.safetensors")
+        return sum(file.stat().st_size for file in files) / 2**20
+
+    @contextmanager
+    def opened(self, options: LoadOptions) -> Iterator[nn.Module]:
+        """Yield the model; one that was loaded is freed afterwards."""
+        if self.module is not None:
+            yield self.module
+            return
+        assert self.folder is not None
+        try:
+            yield load_model(self.folder, **options.keywords())
+        finally:
+            free_memory()
+
+
+def free_memory() -> None:
+    """Give back what models that are gone have left."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `vsraq compare`: its arguments, and its run."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def _method(text: str) -> tuple[str, str]:
+    name, separator, path = text.partition("=")
+    if not (name and separator and path):
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed is NAME=PATH")
+    return name, path
+
+
+def add_compare(commands: Any) -> argparse.ArgumentParser:
+    """Add the command to what `add_subparsers` returned."""
+    compare: argparse.ArgumentParser = commands.add_parser(
+        "compare", help="measure how far quantized models are from full precision"
+    )
+    add = compare.add_argument
+    add(
+        "fp_model", metavar="FP", help="the full-precision model: a folder, or its name"
+    )
+    add("q_model", metavar="QUANTIZED", nargs="?", help="the folder of an export")
+    add(
+        "--method",
+        type=_method,
+        action="append",
+        default=[],
+        metavar="NAME=PATH",
+        help="another export, with a name for tables; several times",
+    )
+    add(
+        "--data",
+        required=True,
+        help="a text file, PATH.jsonl:FIELD, a .safetensors or .pt file of token ids, "
+        "or a data set of Hugging Face",
+    )
+    add("--out", type=Path, required=True, help="folder for the results", metavar="DIR")
+    add("--seqlen", type=int, help="tokens of a window (default: 2048, at most)")
+    add("--sequences", type=int, help="windows, spread evenly (default: all)")
+    add("--batch-size", type=int, help="windows at once (default: 8)")
+    add("--dtype", help="such as float32 (default: that of the checkpoint)")
+    add("--device", help="such as cuda:0, or auto (default: the CPU)")
+    add("--seed", type=int, help="of intervals and sampled tokens (default: 42)")
+    add("--jsd-threshold", type=float, help="a high Sampled-JSD, nats (default: 0.1)")
+    add("--shift-threshold", type=float, help="a high routing shift (default: 0.1)")
+    add(
+        "--keep-fp-pass",
+        action="store_true",
+        help="leave what the full-precision pass stores in DIR/fp_pass",
+    )
+    add("--trust-remote-code", action="store_true", help="run code of the models")
+    return compare
+
+
+def run_compare(arguments: argparse.Namespace) -> int:
+    """Compare the models, print a table, and return the exit status."""
+    import logging
+
+    from vsraq.analysis import Thresholds, compare
+
+    methods: dict[str, str] = {}
+    if arguments.q_model is not None:
+        methods[Path(arguments.q_model).name] = arguments.q_model
+    for name, path in arguments.method:
+        if name in methods:
+            raise ValueError(f"--method {name}=...: allowed is each name once")
+        methods[name] = path
+    if not methods:
+        raise ValueError("no quantized model: allowed is QUANTIZED, --method, or both")
+    given = {
+        "sampled_jsd": arguments.jsd_threshold,
+        "routing_shift": arguments.shift_threshold,
+    }
+    names = ("seqlen", "sequences", "batch_size", "dtype", "device", "seed")
+    options = {n: getattr(arguments, n) for n in names}
+    log = logging.getLogger("vsraq.analysis")
+    log.setLevel(logging.INFO)
+    log.addHandler(handler := logging.StreamHandler())
+    try:
+        found = compare(
+            arguments.fp_model,
+            methods,
+            arguments.data,
+            arguments.out,
+            thresholds=Thresholds(**{n: v for n, v in given.items() if v is not None}),
+            keep_fp_pass=arguments.keep_fp_pass,
+            trust_remote_code=arguments.trust_remote_code,
+            progress=sys.stderr.isatty(),
+            **{n: v for n, v in options.items() if v is not None},
+        )
+    finally:
+        log.removeHandler(handler)
+    print(found)
+    for path in found.paths(arguments.out):
+        print(f"written to {path}")
+    return 0
