@@ -370,8 +370,10 @@ def run_cell(
     total, active = bytes_of_run(cell, run)
     if cell.scheme == "NVFP4":
         q_model = routing.reload_export(run, folder)
+    else:
+        q_model = q_model.cpu().float()
     result = asdict(cell) | {"seconds": seconds, "bytes": total, "active": active}
-    return result | asdict(closeness(q_model.cpu().float(), fp_model, texts["heldout"]))
+    return result | asdict(closeness(q_model, fp_model, texts["heldout"]))
 
 
 def bytes_of_run(cell: Cell, run: AutoRound) -> tuple[int, float]:
