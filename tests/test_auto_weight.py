@@ -1,5 +1,7 @@
 """Automatic weights: balanced once per block, then as if they had been given."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from test_autoround import padded, same, tuned, weights
 from tiny import block_lines
 from vsraq import VSRAQConfig
 from vsraq.autoround import VSRAQQuantizer
+from vsraq.autoround.balance import balance_terms
 from vsraq.autoround.block_tuning import BlockTuning
 
 
@@ -216,3 +219,36 @@ def test_with_the_variants_of_the_loop(option, quantize, vsraq_log):
 def test_refused(kwargs, message):
     with pytest.raises(ValueError, match=message):
         VSRAQConfig(**tiny.PLAIN | kwargs)
+
+
+class Wrapped(torch.nn.Module):
+    """What AutoRound's wrappers have: a layer, and what is tuned of it."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.orig_layer = None
+        vars(self)["params"] = {"value": torch.tensor(value, requires_grad=True)}
+
+
+def test_gradients_that_are_not_finite_are_left_out_and_named(vsraq_log):
+    """A NaN used to make the automatic weight 0, without a word."""
+    block = torch.nn.ModuleDict({"good": Wrapped(2.0), "bad": Wrapped(0.0)})
+    good, bad = (vars(m)["params"]["value"] for m in block.values())
+
+    def weight(broken):
+        term = SimpleNamespace(weight="auto", reached=0, reaches_something=False)
+
+        def micro_batch():
+            router = 2 * good + (bad.sqrt() * 0.0 if broken else bad)
+            return 6 * good + bad, [router]
+
+        balance_terms(block, [term], [micro_batch], 1.0, "layers.7")
+        assert term.reaches_something
+        return term.weight
+
+    assert weight(broken=False) == pytest.approx((6 + 1) / (2 + 1))
+    assert not vsraq_log
+    assert weight(broken=True) == pytest.approx(6 / 2)
+    (line,) = vsraq_log
+    assert line.startswith("vsraq: block layers.7: the gradients of 1 of 2 quantized")
+    assert "(bad)" in line

@@ -49,6 +49,15 @@ def test_the_next_router_of_a_lone_block_is_refused():
         tune("qwen3_moe", VSRAQConfig(iters=1))
 
 
+def test_tokens_per_expert_of_a_lone_block(vsraq_log):
+    """The options used to keep their defaults there, and nothing was reported."""
+    tune("qwen3_moe", VSRAQConfig(**OWN, min_tokens_per_expert=10**6))
+    assert any("fewer than 1000000 calibration tokens" in m for m in vsraq_log)
+    options = {"min_tokens_per_expert": 10**6, "on_unreached": "error"}
+    with pytest.raises(ValueError, match="min_tokens_per_expert=1000000"):
+        tune("qwen3_moe", VSRAQConfig(**OWN, **options))
+
+
 def test_a_lone_dense_block_is_tuned_and_named(vsraq_log):
     """It used to end the run: a dense first block looked like a dense model."""
     tune("glm4_moe", VSRAQConfig(**OWN))

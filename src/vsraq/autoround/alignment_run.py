@@ -74,13 +74,14 @@ class AlignmentRun:
         self.alignment = config.alignment
         self.orchestrator = orchestrator
         self.routers: tuple[Router, ...] = ()
-        self.coverage = RunCoverage()
+        self.coverage = self._new_coverage()
         self.refitted: dict[str, Tensor] = {}
         self._config = config
         self._router_classes: tuple[type, ...] = ()
         self._tokens: AlignedTokens | None = None
         self._groups: list[list[str]] | None = None
         self._checked = False
+        self._is_lone = False  # blocks without a run around them, which has no end
         self._owns_output = False
         self._resumable: ResumableRun | None = None
         self._done = 0  # blocks that a killed run has tuned
@@ -90,6 +91,10 @@ class AlignmentRun:
         if self.alignment.token_selection:
             self._tokens = AlignedTokens(config, self.model)
             run_inside(orchestrator, "cache_data", self._tokens.calibrating)
+
+    def _new_coverage(self) -> RunCoverage:
+        alignment = self.alignment
+        return RunCoverage(alignment.min_tokens_per_expert, alignment.on_unreached)
 
     @property
     def model(self) -> nn.Module:
@@ -147,9 +152,7 @@ class AlignmentRun:
                 parameters of their own; see `check_processes`.
         """
         check_stream(self.orchestrator.model_context)
-        self.coverage = RunCoverage(
-            self.alignment.min_tokens_per_expert, self.alignment.on_unreached
-        )
+        self.coverage = self._new_coverage()
         self.refitted = {}
         self._owns_output = bool(export_folders(self.orchestrator))
         settings = self._settings(composer, member)
@@ -171,6 +174,7 @@ class AlignmentRun:
         """Prepare a run of single blocks, which AutoRound does not announce."""
         if self._checked or not self.alignment:
             return
+        self._is_lone = True
         self._check_model(None)
         if self._tokens is not None:
             self._tokens.select(self.orchestrator, None)
@@ -332,6 +336,8 @@ class AlignmentRun:
 
     def end_block(self, block_ctx: Any, routers: Iterable[str]) -> None:
         """Keep what a resumed run must know about a block."""
+        if self._is_lone:
+            self.coverage.report(len(self.routers), None)
         if self._resumable is None:
             return
         inside = tuple(f"{name}." for name in block_ctx.block_names)

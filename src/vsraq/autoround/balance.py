@@ -5,6 +5,8 @@ SignRound steps by the sign of the gradient's sum. So what counts is how large o
 loss's gradient is compared with the other's, not how large the losses are.
 """
 
+import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TypeAlias
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 from vsraq.processes import process_count, sum_over_processes
 from vsraq.router_terms import RouterTerm
 
+logger = logging.getLogger("autoround.vsraq")
+
 # Runs a micro-batch. Returns its reconstruction error (None if no weight is automatic)
 # and its router losses (None where a term uses no sample of it), attached to the graph.
 MicroBatch: TypeAlias = Callable[[], tuple[Tensor | None, Sequence[Tensor | None]]]
@@ -26,6 +30,7 @@ def balance_terms(
     terms: Sequence[RouterTerm],
     micro_batches: Sequence[MicroBatch],
     auto_ratio: float,
+    name: str,
 ) -> int:
     """Fill in what each term reaches, and each weight that is "auto".
 
@@ -33,7 +38,8 @@ def balance_terms(
     of the gradient's magnitudes over the tuned parameters that the router loss
     reaches; 0 if it reaches none. The gradients are those of a step, so they are added
     up over its micro-batches. Several processes add up those sums; a parameter counts
-    as reached if one of them reaches it.
+    as reached if one of them reaches it. A parameter whose gradients are not finite
+    takes no part, and a warning names its layer.
 
     Args:
         block: The block, its layers wrapped by AutoRound.
@@ -42,11 +48,13 @@ def balance_terms(
         micro_batches: Of a step; each runs the block and returns its shares of the
             step's losses.
         auto_ratio: Strength of the automatic weights, > 0.
+        name: The block's, for the warning.
 
     Returns:
         How many quantized layers the block has.
     """
-    wrapped = [m for m in block.modules() if hasattr(m, "orig_layer")]
+    named = {n: m for n, m in block.named_modules() if hasattr(m, "orig_layer")}
+    wrapped = list(named.values())
     # norms are wrapped too where enable_norm_bias_tuning tunes them
     is_linear = [isinstance(module, WrapperLinear) for module in wrapped]
     layers = [
@@ -57,6 +65,9 @@ def balance_terms(
         _of_all_processes(magnitudes)
         for magnitudes in _step_magnitudes(micro_batches, len(terms), parameters)
     )
+    owners = [n for n, layer in zip(named, layers, strict=True) for _ in layer]
+    finite = _all_finite([of_reconstruction, *per_term])
+    _warn_of_infinite(name, owners, finite)
     for term, of_term in zip(terms, per_term, strict=True):
         position = 0
         for layer, linear in zip(layers, is_linear, strict=True):
@@ -66,11 +77,38 @@ def balance_terms(
             term.reached += reached and linear
             term.reaches_something |= reached
         if term.weight == "auto":
-            router = sum(m for m in of_term if m is not None)
-            both = zip(of_reconstruction, of_term, strict=True)
-            reached_sums = [r or 0.0 for r, m in both if m is not None]
-            term.weight = auto_ratio * sum(reached_sums) / router if router > 0 else 0.0
+            both = [
+                (r or 0.0, m)
+                for r, m, use in zip(of_reconstruction, of_term, finite, strict=True)
+                if use and m is not None
+            ]
+            router = sum(m for _, m in both)
+            reached_sum = sum(r for r, _ in both)
+            term.weight = auto_ratio * reached_sum / router if router > 0 else 0.0
     return sum(is_linear)
+
+
+def _all_finite(magnitudes: Sequence[Sequence[float | None]]) -> list[bool]:
+    """Return for each parameter whether every loss' gradient of it is finite."""
+    return [
+        all(m is None or math.isfinite(m) for m in of_parameter)
+        for of_parameter in zip(*magnitudes, strict=True)
+    ]
+
+
+def _warn_of_infinite(name: str, owners: Sequence[str], finite: Sequence[bool]) -> None:
+    broken = dict.fromkeys(n for n, f in zip(owners, finite, strict=True) if not f)
+    if broken:
+        logger.warning(
+            "vsraq: block %s: the gradients of %d of %d quantized layers are not "
+            "finite (%s), so automatic weights are balanced without these; calibrate "
+            "on more text (nsamples, seqlen), or give router_weight and "
+            "next_router_weight as numbers",
+            name,
+            len(broken),
+            len(set(owners)),
+            ", ".join(list(broken)[:3]) + (", ..." if len(broken) > 3 else ""),
+        )
 
 
 def _step_magnitudes(

@@ -118,6 +118,7 @@ class BlockTuning:
                     for i in range(0, len(step), size)
                 ],
                 auto_ratio,
+                self.name,
             )
 
     def _probed(
