@@ -1,6 +1,7 @@
 """`bits` in recipes, and `vsraq plan`: made, kept, found again, or refused."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -9,10 +10,12 @@ from safetensors.torch import load_file
 
 import tiny
 from vsraq.bits import BitPlan
+from vsraq.checkpoint.planned import PLAN_FILE
 from vsraq.cli import main
 from vsraq.recipe import bits as recipe_bits
 from vsraq.recipe import load_recipe, parse_recipe, plan_path
 from vsraq.recipe.bits import run_layer_config
+from vsraq.recipe.run import write_resolved
 from vsraq.yaml_text import parse_yaml, write_yaml
 
 MINIMAL = {"model": "some/model", "scheme": "W4A16", "output": "out"}
@@ -267,6 +270,27 @@ def test_refused_before_a_weight_is_loaded(root, tmp_path, capsys):
     ):
         line = refused(capsys, check_only(root, *overrides))
         assert message in line, line
+
+
+def test_a_plan_is_looked_up_beside_the_recipe(root, tmp_path, monkeypatch):
+    """From wherever it is run, and after its folder has been moved."""
+    folder = tmp_path / "moved"
+    folder.mkdir()
+    plan = BitPlan.load(root / "plan.json")
+    recipe = load_recipe(root / "recipe.yaml", [f"bits={root / 'plan.json'}"])
+    path = write_resolved(recipe, folder, plan)
+    assert parse_yaml(path.read_text())["bits"] == PLAN_FILE
+    for here in (root, folder, tmp_path):
+        monkeypatch.chdir(here)
+        for given in (path, os.path.relpath(path)):
+            found = load_recipe(given).bits
+            assert recipe_bits._load(found) == plan
+            assert os.path.samefile(found, folder / PLAN_FILE)
+    # what the command line says is where the user is
+    monkeypatch.chdir(root)
+    assert load_recipe(path, ["bits=plan.json"]).bits == "plan.json"
+    (folder / PLAN_FILE).unlink()
+    assert load_recipe(path).bits == PLAN_FILE
 
 
 def test_entries_that_a_plan_agrees_with_or_does_not_have(root):

@@ -102,6 +102,22 @@ def test_no_choice_predicts_less_damage(metric, active_share):
     assert sum(gap < 1e-9 for gap in gaps) >= 23
 
 
+def test_a_rough_choice_is_within_the_limit_and_nearly_as_good():
+    generator = random.Random(2)
+    for _ in range(5):
+        units = some_units(generator, 12, (2, 3, 4, 8))
+        model = DamageModel(generator.uniform(0.0, 1.0))
+        limit = generator.uniform(3, 7) * 100 * len(units)
+
+        def damage(model=model, units=units, limit=limit, **rough):
+            names = allocate(units, ["W4"] * 12, model, KL, limit, **rough)
+            taken = [u[n] for u, n in zip(units, names, strict=True)]
+            assert sum(p.size for p in taken) <= limit
+            return model.together([p.damage for p in taken]).kl
+
+        assert damage(rough=True) <= 1.03 * damage()
+
+
 def test_less_routing_is_bought_with_kl():
     units = [
         {

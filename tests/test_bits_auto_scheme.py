@@ -100,7 +100,7 @@ def test_shared_layers_share_a_scheme():
 
 
 def test_a_model_without_routers_is_refused():
-    with pytest.raises(ValueError, match="no MoE routers"):
+    with pytest.raises(ValueError, match="no MoE router"):
         prepared("llama", scheme())
 
 

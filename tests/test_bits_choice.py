@@ -1,9 +1,11 @@
 """The choice of schemes against every choice there is."""
 
+import ctypes
 import itertools
 import random
 
 import pytest
+from scipy.optimize import milp
 
 from vsraq.bits.choice import Offer, choose
 
@@ -115,3 +117,16 @@ def test_a_limit_on_what_is_read_that_nothing_keeps():
         ValueError, match=r"no choice of schemes is within the budgets .* -1 beyond"
     ):
         choose(units, 100, 3)
+
+
+def test_what_the_solver_prints_is_not_seen(monkeypatch, capfd):
+    """HiGHS has lines for debugging that it prints now and then."""
+
+    def printing(*args, **kwargs):
+        ctypes.CDLL(None).printf(b"HighsMipSolverData::planted\n")
+        return milp(*args, **kwargs)
+
+    monkeypatch.setattr("vsraq.bits.choice.milp", printing)
+    assert choose([{"a": Offer(1, 1, 0.0)}], 1) == ["a"]
+    print("afterwards")
+    assert capfd.readouterr() == ("afterwards\n", "")

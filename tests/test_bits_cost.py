@@ -34,6 +34,7 @@ def test_a_limit_of_memory_lowers_the_tokens():
     assert cost.within(cost.state_bytes, 10) == cost
     assert cost.within(cost.state_bytes // 2, 10).tokens == 50
     assert cost.within(cost.state_bytes // 2 - 1, 10).tokens == 40
+    assert cost.within(cost.state_bytes // 2 - 1, 1).tokens == 49
     with pytest.raises(ValueError, match="streams of one sample of 10 tokens take"):
         cost.within(100, 10)
 
@@ -55,8 +56,8 @@ def test_a_plan_measures_what_its_cost_says(monkeypatch, vsraq_log):
         options=["W8A16"],
         budget="10%",
         engine="vllm",
-        state_memory=16 * 2 * tiny.SEQLEN * 64 * 4,  # 13 streams of two samples
-        seqlen=tiny.SEQLEN,
+        # 13 streams of two samples, which are far shorter than the default of seqlen
+        state_memory=16 * 2 * tiny.SEQLEN * 64 * 4,
         group_size=32,
         enable_torch_compile=False,
         **arguments,

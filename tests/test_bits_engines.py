@@ -7,8 +7,8 @@ import pytest
 
 import tiny
 from prepared import prepare, resolve
-from vsraq.autoround.plan_bits import default_options
-from vsraq.autoround.planning import find_candidates, scheme_fields
+from vsraq.autoround.plan_bits import default_options, plan_bits
+from vsraq.autoround.planning import OWN, find_candidates, scheme_fields
 from vsraq.bits.engines import ENGINES, FUSED, get_engine, why_not_held
 from vsraq.bits.exceptions import check_layers, exceptions
 from vsraq.bits.units import Unit, find_units
@@ -128,6 +128,41 @@ def test_three_bits_are_refused():
         find_candidates([dense], layers, "W4A16", ["W2A16"], rules, "auto_round")
 
 
+def test_a_layer_of_the_users_is_named_by_its_own_scheme():
+    rules = get_engine(None)
+
+    def candidates(own, options):
+        unit = Unit("a.o_proj", ("a.o_proj",))
+        layers = {"a.o_proj": W4 | own}
+        arguments = [unit], layers, "W4A16", options, rules, "auto_round"
+        found = find_candidates(*arguments)
+        return found.base["a.o_proj"], found.schemes["a.o_proj"]
+
+    base, schemes = candidates({"bits": 8, "group_size": 32}, ["W8A16", "W3A16"])
+    assert base == next(iter(schemes)) == "W8A16"
+    bits = {name: fields["a.o_proj"]["bits"] for name, fields in schemes.items()}
+    assert bits == {"W8A16": 8, "W4A16": 4, "W3A16": 3}
+    assert {f["a.o_proj"]["group_size"] for f in schemes.values()} == {32}
+    base, schemes = candidates({"bits": 8}, ["W3A16"])
+    assert (base, list(schemes)) == ("W8A16", ["W8A16", "W4A16", "W3A16"])
+    # two layers of one unit, each with bits of its own
+    unit = Unit(
+        "a.experts", ("a.experts.0.up_proj", "a.experts.0.down_proj"), 0.5, True
+    )
+    layers = dict(zip(unit.layers, (W4, W4 | {"bits": 8}), strict=True))
+    found = find_candidates([unit], layers, "W4A16", ["W8A16"], rules, "auto_round")
+    assert found.base == {"a.experts": OWN}
+    assert list(found.schemes["a.experts"]) == [OWN, "W4A16", "W8A16"]
+
+
+def test_a_scheme_that_is_not_there():
+    with pytest.raises(ValueError, match=r"'W9A16': unknown; did you mean W.A16"):
+        scheme_fields("W9A16")
+    # before the model is touched
+    with pytest.raises(ValueError, match="scheme 'W9A16': unknown"):
+        plan_bits(None, options=["W9A16"])
+
+
 GROUP = {"group_size": 64}
 
 
@@ -208,8 +243,10 @@ def planned(known, scheme, export_format, engine, own, seed):
 
 
 @pytest.mark.parametrize(("scheme", "export_format", "engine", "own"), CASES)
-def test_autoround_resolves_what_was_planned(known, scheme, export_format, engine, own):
-    for seed in (0, 1):
+def test_autoround_resolves_what_was_planned(
+    known, scheme, export_format, engine, own, full
+):
+    for seed in (0, 1) if full else (1,):  # odd ones have an output projection
         units, schemes, layer_config, again = planned(
             known, scheme, export_format, engine, own, seed
         )

@@ -127,6 +127,14 @@ def test_what_stands_beside_experts_is_not_shared_with_them():
     assert units_of(found, "sglang") == units_of(found, "vllm")
 
 
+def test_a_layer_with_a_scale_dtype_of_its_own_is_refused():
+    """AutoRound takes a dtype there, which a plan's file cannot hold."""
+    own = {"model.layers.0.self_attn.o_proj": {"bits": 8, "scale_dtype": torch.float32}}
+    message = "o_proj has scale_dtype=torch.float32, which a bit plan does not keep"
+    with pytest.raises(ValueError, match=message):
+        prepare(tiny.tiny_model("olmoe"), group_size=32, layer_config=own)
+
+
 def test_shared_experts_alone_are_no_experts():
     """Where AutoRound leaves the routed ones in full precision."""
     found = prepared("solar_open")

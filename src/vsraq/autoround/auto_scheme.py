@@ -28,8 +28,6 @@ from vsraq.autoround.planning_tokens import token_batches
 from vsraq.autoround.unit_damage import MeasuredModel, SchemeFields
 from vsraq.bits.engines import get_engine
 from vsraq.bits.units import find_units, merge_units
-from vsraq.blocks import decoder_blocks
-from vsraq.routers import find_routers
 
 _TOKENS, _SEQLEN = 4096, 512
 # what AutoRound sets on layers only after AutoScheme, and its rounding reads
@@ -69,6 +67,7 @@ def choose_by_damage(
     Raises:
         ValueError: The model has no MoE router, an option is no preset, or no choice is
             within `avg_bits`.
+        NotImplementedError: Its routers are not in one list of blocks.
         RuntimeError: AutoRound has broken the model before.
     """
     _check_norms(model)
@@ -76,7 +75,10 @@ def choose_by_damage(
     free = [n for n in _in_order(model, names) if n not in fixed_layer_scheme]
     options = [_preset(option) for option in auto_scheme.options]
     base = min(options, key=lambda n: abs(_bits(n) - auto_scheme.avg_bits))
-    measured = _measured(model, device_map)
+    folder = getattr(model.config, "_name_or_path", None)
+    offloader = OffloadManager(enabled=False, mode="clean", model_dir=folder)
+    device = torch.device(get_major_device(device_map))
+    measured = MeasuredModel.of(model, offloader, device)
     rules = get_engine(None)
     units = find_units(model, free, measured.routers, rules)
     shared = parse_shared_layers(model, auto_scheme.shared_layers)
@@ -148,20 +150,6 @@ def _preset(option: str | QuantizationScheme) -> str:
 def _bits(name: str) -> int:
     bits: int = scheme_fields(name)["bits"]
     return bits
-
-
-def _measured(model: nn.Module, device_map: Any) -> MeasuredModel:
-    routers = find_routers(model)
-    blocks = decoder_blocks(model, routers)
-    if not blocks:
-        raise ValueError(
-            f"model={type(model).__name__}: it has no MoE routers in one list of "
-            "blocks; allowed are mixture-of-experts models, or AutoScheme's own method"
-        )
-    folder = getattr(model.config, "_name_or_path", None)
-    offloader = OffloadManager(enabled=False, mode="clean", model_dir=folder)
-    device = torch.device(get_major_device(device_map))
-    return MeasuredModel(model, blocks, routers, offloader, device)
 
 
 class _BitCount:

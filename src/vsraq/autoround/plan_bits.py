@@ -95,6 +95,8 @@ def plan_bits(
     weights = _metric(metric)
     rules = get_engine(engine)
     scheme = scheme.upper()
+    for name in (scheme, *(options or ())):
+        scheme_fields(name)  # refuses it before the model is prepared
     prepared = PreparedModel.of(model, scheme, export_format, kwargs, router_pattern)
     layers = prepared.layers | (prepared.head_layer() if lm_head else {})
     if options is None:
@@ -108,7 +110,8 @@ def plan_bits(
     allowed = sizes.within(budget, active_budget)
     cost = planning_cost(prepared, units, candidates, tokens)
     if state_memory is not None:
-        cost = cost.within(state_memory, seqlen)
+        # samples that are given may have any length
+        cost = cost.within(state_memory, seqlen if isinstance(dataset, str) else 1)
     logger.info("vsraq: measuring %d units: %s", len(units), cost)
     batches = token_batches(dataset, prepared.tokenizer, cost.tokens, seqlen, seed)
     if state_memory is not None:

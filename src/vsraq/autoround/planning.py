@@ -5,7 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from auto_round.schemes import BF16, QuantizationScheme, preset_name_to_scheme
+from auto_round.schemes import (
+    BF16,
+    PRESET_SCHEMES,
+    QuantizationScheme,
+    preset_name_to_scheme,
+)
 from torch import Tensor, nn
 
 from vsraq.autoround.unit_damage import (
@@ -19,7 +24,9 @@ from vsraq.bits.damage import Damage, DamageModel
 from vsraq.bits.engines import Engine, why_not_held
 from vsraq.bits.sizes import layer_bytes, weight_bytes
 from vsraq.bits.units import Unit
+from vsraq.strict import did_you_mean
 
+OWN = "own"  # a scheme from the user's layer_config that has no name
 _NAMES = tuple(QuantizationScheme.get_attributes())
 _UNQUANTIZED = {
     "bits": 16,
@@ -35,7 +42,7 @@ class Candidates:
 
     Attributes:
         base: The unit's scheme in a run without a plan, by the unit's name: one of
-            those below.
+            those below. It is `OWN` where no scheme has that name.
         schemes: By the unit's name: the name of a scheme -> its layers' fields.
     """
 
@@ -81,7 +88,7 @@ def find_candidates(
     for unit in units:
         own = {layer: layers[layer] for layer in unit.layers}
         bits = max(fields["bits"] for fields in own.values())
-        base[unit.name] = scheme if bits < 16 else "BF16"
+        base[unit.name] = _own_name(own, scheme, options)
         offered: dict[str, Mapping[str, SchemeFields]] = {base[unit.name]: own}
         for name in (scheme, *options):  # the scheme for an output projection
             fields = scheme_fields(name)
@@ -100,6 +107,25 @@ def find_candidates(
             f"are {default['bits'] - 1} bits or more, and fewer for routed experts"
         )
     return Candidates(base, schemes)
+
+
+def _own_name(
+    own: Mapping[str, SchemeFields], scheme: str, options: Sequence[str]
+) -> str:
+    """Name the scheme that layers have without a plan; group sizes may be their own."""
+    kinds = {_kind(fields) for fields in own.values()}
+    if max(bits for bits, _, _ in kinds) >= 16:
+        return "BF16"
+    default = scheme_fields(scheme)
+    if all(bits == default["bits"] for bits, _, _ in kinds):
+        return scheme
+    names = (*options, *(n for n in PRESET_SCHEMES if not n.startswith("GGUF")))
+    same = (n for n in names if kinds == {_kind(scheme_fields(n))})
+    return next(same, OWN)
+
+
+def _kind(fields: SchemeFields) -> tuple[int, str, int]:
+    return fields["bits"], str(fields["data_type"]), fields.get("act_bits") or 16
 
 
 def _fewer(unit: Unit, bits: int) -> int:
@@ -123,8 +149,17 @@ def why_refused(
 
 
 def scheme_fields(name: str) -> SchemeFields:
-    """Return the fields of one of AutoRound's schemes."""
-    scheme = preset_name_to_scheme(name.upper())
+    """Return the fields of one of AutoRound's schemes.
+
+    Raises:
+        ValueError: It has no scheme of that name.
+    """
+    if name.upper() not in PRESET_SCHEMES:
+        raise ValueError(
+            f"scheme {name!r}: unknown{did_you_mean(name.upper(), PRESET_SCHEMES)} "
+            f"Allowed are AutoRound's schemes: {', '.join(PRESET_SCHEMES)}"
+        )
+    scheme = preset_name_to_scheme(name)
     if scheme == BF16:
         return _UNQUANTIZED
     return {n: v for n, v in scheme.items() if v is not None}

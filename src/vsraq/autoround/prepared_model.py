@@ -14,9 +14,7 @@ from torch import nn
 
 from vsraq.autoround.planning import own_fields, scheme_fields
 from vsraq.autoround.unit_damage import MeasuredModel, SchemeFields
-from vsraq.blocks import decoder_blocks
 from vsraq.checkpoint import Checkpoint
-from vsraq.routers import find_routers
 
 _WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 
@@ -53,7 +51,8 @@ class PreparedModel:
         """Let AutoRound prepare a model as for a run.
 
         Raises:
-            ValueError: It has no MoE router.
+            ValueError: It has no MoE router, or a layer of a `layer_config` has a
+                `scale_dtype` of its own.
             NotImplementedError: Its routers are not in one list of blocks.
         """
         run = AutoRound(
@@ -62,24 +61,12 @@ class PreparedModel:
         run.formats = export_format
         run.post_init()
         module = run.model_context.model
-        routers = find_routers(module, router_pattern=router_pattern)
-        if not routers:
-            raise ValueError(
-                f"model={type(module).__name__}: it has no MoE router; allowed are "
-                "mixture-of-experts models"
-            )
-        blocks = decoder_blocks(module, routers)
-        if not blocks:
-            raise NotImplementedError(
-                f"model={type(module).__name__}: its routers are not in one list of "
-                "blocks; allowed are models with one decoder"
-            )
+        _refuse_scale_dtypes(run)
         name = getattr(module.config, "_name_or_path", "") or type(module).__name__
+        device = torch.device(run.device)
         return cls(
             name,
-            MeasuredModel(
-                module, blocks, routers, run._offloader, torch.device(run.device)
-            ),
+            MeasuredModel.of(module, run._offloader, device, router_pattern),
             run.model_context.tokenizer,
             {n: own_fields(fields) for n, fields in run.layer_config.items()},
             own_fields(dict(run.scheme_context.items())),
@@ -121,6 +108,19 @@ class PreparedModel:
                 "quantize; allowed is False"
             )
         return {name: {**self.default, **scheme_fields("BF16")}}
+
+
+def _refuse_scale_dtypes(run: Any) -> None:
+    """Refuse what a plan, which is a file of text, does not keep."""
+    for name, fields in run.layer_config.items():
+        own = fields.get("scale_dtype")
+        if own is None or own == run.scale_dtype or fields.get("bits", 16) >= 16:
+            continue
+        raise ValueError(
+            f"layer_config: {name} has scale_dtype={own}, which a bit plan does not "
+            f"keep for a single layer; allowed is that of all layers, {run.scale_dtype}"
+            "; leave it out, or pass scale_dtype for all of them"
+        )
 
 
 def _widths_on_disk(module: nn.Module, folder: str | None) -> dict[str, int]:

@@ -11,7 +11,7 @@ Shapes: S streams, N tokens, H hidden width, V vocabulary.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from auto_round.algorithms.composer import AlgorithmComposer
@@ -26,9 +26,10 @@ from vsraq.autoround.block_copy import copy_block, split_experts
 from vsraq.autoround.rounded_layer import copy_layer, rounded_layer
 from vsraq.bits.damage import Damage
 from vsraq.block_stream import BlockCall, BlockCalls, why_not_alone
+from vsraq.blocks import decoder_blocks
 from vsraq.capture import RouterCapture
 from vsraq.metrics import StreamingMean, jaccard, output_kl
-from vsraq.routers import BoundRouter, Router, routers_inside
+from vsraq.routers import BoundRouter, Router, find_routers, routers_inside
 from vsraq.tokens.output_head import output_head
 
 # a scheme, by the names of AutoRound's QuantizationScheme
@@ -71,6 +72,40 @@ class MeasuredModel:
     routers: tuple[Router, ...]
     offloader: OffloadManager
     device: torch.device
+
+    @classmethod
+    def of(
+        cls,
+        module: nn.Module,
+        offloader: OffloadManager,
+        device: torch.device,
+        router_pattern: str | None = None,
+    ) -> Self:
+        """Find the routers and the blocks of a model.
+
+        Args:
+            module: The model.
+            offloader: See the attributes.
+            device: See the attributes.
+            router_pattern: What names the routers; None finds them.
+
+        Raises:
+            ValueError: It has no MoE router.
+            NotImplementedError: Its routers are not in one list of blocks.
+        """
+        routers = find_routers(module, router_pattern=router_pattern)
+        if not routers:
+            raise ValueError(
+                f"model={type(module).__name__}: it has no MoE router; allowed are "
+                "mixture-of-experts models"
+            )
+        blocks = decoder_blocks(module, routers)
+        if not blocks:
+            raise NotImplementedError(
+                f"model={type(module).__name__}: its routers are not in one list of "
+                "blocks; allowed are models with one decoder"
+            )
+        return cls(module, blocks, routers, offloader, device)
 
     def load(self, name: str) -> nn.Module:
         """Load a copy of a block.

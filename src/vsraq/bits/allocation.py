@@ -40,6 +40,7 @@ class Metric(NamedTuple):
 
 _SLOPES = (4.0, 2.0, 1.0, 0.5, 0.25, 0.125)
 _STEPS = 10
+_ROUGH = 1e-2  # share of the least damage
 
 
 def allocate(
@@ -49,6 +50,8 @@ def allocate(
     metric: Metric,
     limit: float,
     active_limit: float | None = None,
+    *,
+    rough: bool = False,
 ) -> list[str]:
     """Choose a scheme for every unit.
 
@@ -64,6 +67,8 @@ def allocate(
         metric: What is made small.
         limit: The most that all sizes may add up to.
         active_limit: The same for what a token reads; None for any.
+        rough: Whether one line is enough, and a choice that is a little worse than its
+            best: for curves, where the exact choice of many units takes minutes.
 
     Returns:
         The name of each unit's scheme.
@@ -78,11 +83,11 @@ def allocate(
 
     uniform = model.together([u[n].damage for u, n in zip(units, base, strict=True)])
     found: list[list[str]] = []
-    for slope in _SLOPES:
+    for slope in (1.0,) if rough else _SLOPES:
         routing = max(uniform.routing * slope, 1e-12)
         for _ in range(_STEPS):
             offers = _offers(units, model, metric, routing)
-            choice = choose(offers, limit, active_limit)
+            choice = choose(offers, limit, active_limit, _ROUGH if rough else 0.0)
             taken = [u[n].damage for u, n in zip(units, choice, strict=True)]
             routing = max(model.together(taken).routing, 1e-12)
             if choice in found:

@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The choice of one scheme per unit: the least damage within a budget of bytes."""
 
-from collections.abc import Mapping, Sequence
+import ctypes
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy
@@ -26,6 +30,7 @@ def choose(
     units: Sequence[Mapping[str, Offer]],
     limit: float,
     active_limit: float | None = None,
+    gap: float = 0.0,
 ) -> list[str]:
     """Choose the schemes with the least sum of damages, exactly.
 
@@ -36,6 +41,7 @@ def choose(
         units: For each unit, its offers by the scheme's name.
         limit: The most that all sizes may add up to.
         active_limit: The same for what a token reads; None for any.
+        gap: How far above the least the sum may be, as a share of it; faster.
 
     Returns:
         The name of each unit's scheme.
@@ -56,7 +62,9 @@ def choose(
     if active_limit is not None:
         sizes.append([offer.active for offer in offers])
         limits.append(active_limit)
-    chosen = _solve(_one_each(units), numpy.array(sizes), numpy.array(limits), offers)
+    arrays = numpy.array(sizes), numpy.array(limits)
+    with _silent():
+        chosen = _solve(_one_each(units), *arrays, offers, gap)
     taken = iter(chosen)
     return [next(n for n, x in [(n, next(taken)) for n in u] if x) for u in units]
 
@@ -72,6 +80,7 @@ def _solve(
     sizes: numpy.ndarray,
     limits: numpy.ndarray,
     offers: Sequence[Offer],
+    gap: float,
 ) -> numpy.ndarray:
     """Return which offers are taken.
 
@@ -94,7 +103,7 @@ def _solve(
                 LinearConstraint(one_each, 1, 1),
                 LinearConstraint(rows, -numpy.inf, allowed / scales),
             ],
-            options={"mip_rel_gap": 0.0},
+            options={"mip_rel_gap": gap},
         )
         if not result.success:
             raise ValueError(
@@ -120,3 +129,32 @@ def _beyond_least(
     for row, values in zip(least, sizes, strict=True):
         numpy.minimum.at(row, unit_of, values)
     return sizes - least[:, unit_of], limits - least.sum(axis=1)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Drop what HiGHS writes to the standard output of the process.
+
+    It has lines for debugging that no option switches off.
+    """
+    try:
+        kept = os.dup(1)
+    except OSError:  # the process has none
+        yield
+        return
+    _flush()
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            yield
+    finally:
+        _flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _flush() -> None:
+    """Write what Python and C still hold for the standard output."""
+    sys.stdout.flush()
+    if os.name == "posix":
+        ctypes.CDLL(None).fflush(None)

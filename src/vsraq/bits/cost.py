@@ -104,7 +104,8 @@ class PlanningCost:
 
         Args:
             state_bytes: The most that the states may take.
-            seqlen: Tokens of a sample: there are whole samples only.
+            seqlen: Tokens of a sample: there are whole samples only. 1 where samples
+                have lengths of their own.
 
         Raises:
             ValueError: Not even one sample fits.

@@ -96,15 +96,18 @@ def _draw_units(axes: Any, plan: BitPlan) -> None:
             colour, marker = _style(kinds.index(kind))
             points = [(s.block, max(factor * s.per_mib, floor)) for s in line]
             axes.plot(*zip(*points, strict=True), dash, color=colour, linewidth=0.9)
-            for (block, height), slope in zip(points, line, strict=True):
+            pairs = list(zip(points, line, strict=True))
+            for chosen in (False, True):
+                marked = [point for point, slope in pairs if slope.chosen is chosen]
                 axes.plot(
-                    block,
-                    height,
+                    [block for block, _ in marked],
+                    [height for _, height in marked],
                     marker,
                     markersize=size,
                     markeredgewidth=0.8,
                     markeredgecolor=colour,
-                    markerfacecolor=colour if slope.chosen else "white",
+                    markerfacecolor=colour if chosen else "white",
+                    linestyle="none",
                 )
     _log(axes)
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -77,7 +77,7 @@ def budget_curve(plan: BitPlan, metric: str) -> tuple[list[int], list[float]]:
 
     Returns:
         Sizes of exports, from the smallest to a tenth more than the uniform one, and
-        the damage that is predicted for each.
+        the damage that is predicted for each: the least there is, or a little more.
     """
     adding, weights = DamageModel(plan.flip_kl), _METRICS[metric]
     units = [
@@ -91,16 +91,21 @@ def budget_curve(plan: BitPlan, metric: str) -> tuple[list[int], list[float]]:
     plain = plan.uniform.bytes - own
     top = min(largest, own + _MOST * plan.uniform.bytes)
     active = _active_limit(plan)
-    sizes, found = [], []
+    sizes: list[int] = []
+    found: list[float] = []
     for step in range(_BUDGETS + 1):
         limit = smallest + (top - smallest) * step / _BUDGETS
         try:
-            chosen = allocate(units, base, adding, weights, limit, active)
+            chosen = allocate(units, base, adding, weights, limit, active, rough=True)
         except ValueError:  # nothing within the active budget
             continue
         taken = [u.candidates[n] for u, n in zip(plan.units, chosen, strict=True)]
-        sizes.append(plain + sum(cost.bytes for cost in taken))
-        found.append(weights.of(adding.together(taken)))
+        size = plain + sum(cost.bytes for cost in taken)
+        damage = weights.of(adding.together(taken))
+        if found and damage > found[-1]:  # what fits into less fits here
+            size, damage = sizes[-1], found[-1]
+        sizes.append(size)
+        found.append(damage)
     return sizes, found
 
 

@@ -13,7 +13,7 @@ from auto_round.schemes import QuantizationScheme
 
 from vsraq.autoround import plan_bits
 from vsraq.autoround.plan_bits import current_versions, default_options
-from vsraq.autoround.planning import scheme_fields, why_refused
+from vsraq.autoround.planning import OWN, scheme_fields, why_refused
 from vsraq.bits import BitPlan
 from vsraq.bits.engines import Engine, get_engine
 from vsraq.checkpoint.planned import (
@@ -308,7 +308,8 @@ def _check_scheme(recipe: Recipe, plan: BitPlan) -> None:
                 "the same, or make a new plan"
             )
     engine = get_engine(plan.engine)
-    _refuse_unloaded(sorted({unit.chosen for unit in plan.units}), recipe, engine)
+    chosen = {unit.chosen for unit in plan.units} - {OWN}
+    _refuse_unloaded(sorted(chosen), recipe, engine)
 
 
 def _matching(name: str, planned: PlannedLayers) -> list[str]:

@@ -184,6 +184,9 @@ class Recipe:
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read a YAML file and apply `key=value` overrides.
 
+    A bit plan that the file names is looked up beside the file, then from the current
+    folder.
+
     Args:
         path: The file.
         overrides: Such as `algorithm.router_weight=0.1`; values are YAML.
@@ -201,6 +204,10 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise ValueError(
             f"{path}: holds a {type(data).__name__}; allowed is a mapping of keys"
         )
+    if isinstance(data.get("bits"), str):
+        beside = Path(path).parent / os.path.expanduser(data["bits"])
+        if beside.is_file():
+            data["bits"] = str(beside)
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:

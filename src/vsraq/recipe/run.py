@@ -180,9 +180,9 @@ def write_resolved(recipe: Recipe, folder: Path, plan: BitPlan | None = None) ->
     """Write `vsraq_recipe.yaml` into a folder and return its path.
 
     It can be run again as it is; its comments hold the versions that made the export.
-    A bit plan is written beside it, and the recipe names that file: made anew on
-    another machine or with other versions, a plan may differ. The file says how it was
-    made.
+    A bit plan is written beside it, and the recipe names that file, which is looked up
+    beside the recipe: made anew on another machine or with other versions, a plan may
+    differ. The file says how it was made.
 
     Args:
         recipe: The recipe.
@@ -198,7 +198,7 @@ def write_resolved(recipe: Recipe, folder: Path, plan: BitPlan | None = None) ->
         runtime = dict(recipe.runtime) | {"layer_config": others}
         if not others:
             del runtime["layer_config"]
-        recipe = replace(recipe, bits=str(folder / PLAN_FILE), runtime=runtime)
+        recipe = replace(recipe, bits=PLAN_FILE, runtime=runtime)
     packages = ("vsraq", "auto-round", "torch", "transformers")
     versions = "".join(f"# {name} {version(name)}\n" for name in packages)
     path = folder / "vsraq_recipe.yaml"
