@@ -2,7 +2,7 @@
 
 import json
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -10,21 +10,37 @@ import pytest
 
 import bits
 import routing
+import tiny
 from vsraq.bits.engines import ENGINES
+from vsraq.demo.run import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
 
-def command(*arguments, results):
-    return subprocess.run(
-        [sys.executable, bits.__file__, *arguments, "--results", results],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run the script inside this process; what it prints comes back."""
+
+    def run(*arguments, results):
+        argv = [bits.__file__, *arguments, "--results", str(results)]
+        monkeypatch.setattr(sys, "argv", argv)
+        runpy.run_path(bits.__file__, run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
 
 
-def test_cells_spend_the_bytes_of_their_budget(tmp_path):
+@pytest.fixture
+def small_model(tmp_path, monkeypatch):
+    """A model of the demo's vocabulary that is as small as the tests' own."""
+    size = {"vocab_size": len(load_tokenizer()), "num_hidden_layers": 4}
+    model = tiny.in_bfloat16(tiny.tiny_model("solar_open", **size))
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(routing, "bench_model_path", lambda _: tmp_path / "model")
+
+
+@pytest.mark.usefixtures("small_model")
+def test_cells_spend_the_bytes_of_their_budget(command, tmp_path):
     results = tmp_path / "results.jsonl"
     run = ["run", "--models=solar_open", "--schemes=W4A16", "--seeds=0", "--iters=1"]
     run += ["--nsamples=4", "--windows=2", "--recipes=AutoRound"]
@@ -38,13 +54,13 @@ def test_cells_spend_the_bytes_of_their_budget(tmp_path):
         for line in map(json.loads, results.read_text().splitlines())
     }
     uniform = lines["uniform", "uniform"]["bytes"]
-    unit = 25_000  # the largest unit that is left out takes more than what is left
+    unit = 7_000  # the largest unit that is left out takes more than what is left
     for way in ("attention first", "random 0"):
         more = lines["+3 % vllm", way]["bytes"] - uniform
         assert 0.03 * uniform - unit < more <= 0.03 * uniform
     random = lines["0 %", "random 0"]
     assert uniform - unit < random["bytes"] <= uniform
-    assert len(random["jaccard"]) == 6
+    assert len(random["jaccard"]) == 4
     table = command("table", results=results)
     assert "| solar_open | W4A16 | +3 % vllm | attention first | AutoRound |" in table
 
@@ -83,7 +99,7 @@ def test_the_gap_is_that_of_autoround_with_the_same_seed():
     ]
 
 
-def test_the_document_shows_what_the_command_prints(tmp_path):
+def test_the_document_shows_what_the_command_prints(command, tmp_path):
     copy = tmp_path / "results.md"
     shown = routing.DOCUMENT.read_text()
     copy.write_text(shown.replace("| plan | default |", "| other | default |"))
