@@ -42,6 +42,17 @@ def pytest_configure(config):
     settings.load_profile("vsraq")
 
 
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # what the tests' own imports have left
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _skip_what_other_modules_have_left():
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def full(pytestconfig):
     """Whether every case is to run, not some of each kind."""

@@ -69,11 +69,12 @@ def test_without_changed_choices_kl_just_adds():
 
 @pytest.mark.parametrize("metric", [KL, ROUTING, Metric(1.0, 2.0)])
 @pytest.mark.parametrize("active_share", [None, 0.8])
-def test_no_choice_predicts_less_damage(metric, active_share):
+def test_no_choice_predicts_less_damage(metric, active_share, full):
     """Against every choice within the limits, of small problems."""
     generator = random.Random(1)
     gaps = []
-    for _ in range(25):
+    problems = 25 if full else 8
+    for _ in range(problems):
         units = some_units(generator, 5, (2, 3, 4, 8))
         model = DamageModel(generator.uniform(0.0, 1.0))
         limit = generator.uniform(2.6, 7.8) * 100 * len(units)
@@ -99,7 +100,7 @@ def test_no_choice_predicts_less_damage(metric, active_share):
         gaps.append(damage / best - 1)
     # the lines that are tried need not hold the best one
     assert max(gaps) < 0.01
-    assert sum(gap < 1e-9 for gap in gaps) >= 23
+    assert sum(gap < 1e-9 for gap in gaps) >= problems - 2
 
 
 def test_a_rough_choice_is_within_the_limit_and_nearly_as_good():
