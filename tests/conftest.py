@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 
 import tiny
 from vsraq.autoround.block_tuning import BlockTuning
+from vsraq.demo.run import load_tokenizer
 from vsraq.demo.text import documents
 
 # AutoRound collects garbage a dozen times a run; skip what the imports have left.
@@ -104,6 +105,15 @@ def quantize():
 
     yield run
     gc.collect()
+
+
+@pytest.fixture
+def small_bench_model(tmp_path, monkeypatch):
+    """The benchmarks' model as small as the tests' own, with the demo's vocabulary."""
+    size = {"vocab_size": len(load_tokenizer()), "num_hidden_layers": 4}
+    model = tiny.in_bfloat16(tiny.tiny_model("solar_open", **size))
+    model.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("routing.bench_model_path", lambda _: tmp_path / "model")
 
 
 @pytest.fixture(scope="session")

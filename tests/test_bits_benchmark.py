@@ -10,9 +10,7 @@ import pytest
 
 import bits
 import routing
-import tiny
 from vsraq.bits.engines import ENGINES
-from vsraq.demo.run import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,16 +28,7 @@ def command(monkeypatch, capsys):
     return run
 
 
-@pytest.fixture
-def small_model(tmp_path, monkeypatch):
-    """A model of the demo's vocabulary that is as small as the tests' own."""
-    size = {"vocab_size": len(load_tokenizer()), "num_hidden_layers": 4}
-    model = tiny.in_bfloat16(tiny.tiny_model("solar_open", **size))
-    model.save_pretrained(tmp_path / "model")
-    monkeypatch.setattr(routing, "bench_model_path", lambda _: tmp_path / "model")
-
-
-@pytest.mark.usefixtures("small_model")
+@pytest.mark.usefixtures("small_bench_model")
 def test_cells_spend_the_bytes_of_their_budget(command, tmp_path):
     results = tmp_path / "results.jsonl"
     run = ["run", "--models=solar_open", "--schemes=W4A16", "--seeds=0", "--iters=1"]
