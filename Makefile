@@ -6,7 +6,7 @@ STAMP := .venv/installed
 export HF_HUB_OFFLINE ?= 1
 
 .PHONY: demo test test-full test-families test-range test-nightly test-gpu \
-    test-llmcompressor lint families bench-overhead bench-routing train-demo clean
+    test-report test-llmcompressor lint families bench-overhead bench-routing train-demo clean
 
 demo: $(STAMP)
 	$(BIN)/vsraq demo
@@ -37,6 +37,11 @@ test-nightly: $(STAMP)
 # what needs CUDA; elsewhere it says what is missing
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -rs tests/test_gpu.py
+
+# a report in chromium, which has to be there
+test-report: $(STAMP)
+	VSRAQ_BROWSER_REQUIRED=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+	    tests/test_report.py tests/test_report_browser.py
 
 # an environment of its own, because llmcompressor's metadata forbids our versions
 LLMC := .venv-llmcompressor

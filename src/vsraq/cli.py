@@ -11,6 +11,7 @@ from typing import Any
 
 from vsraq import __version__
 from vsraq.compare_command import add_compare, run_compare
+from vsraq.report_command import add_report, run_report
 
 _EXIT_CODES = """exit status:
   0    fine
@@ -97,8 +98,9 @@ def _add_commands(commands: Any) -> list[argparse.ArgumentParser]:
         help="run the code that comes with the reference",
     )
     compare = add_compare(commands)
+    report = add_report(commands)
     families = commands.add_parser("families", help="what works for each MoE family")
-    return [demo, plan, quantize, select, verify, compare, families]
+    return [demo, plan, quantize, select, verify, compare, report, families]
 
 
 def _add_plan_options(plan: argparse.ArgumentParser) -> None:
@@ -164,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "select-tokens": _select_tokens,
         "verify": _verify,
         "compare": run_compare,
+        "report": run_report,
         "families": _families,
     }[arguments.command]
     try:
