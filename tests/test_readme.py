@@ -141,11 +141,16 @@ def test_the_public_names():
         "OBJECTIVES",
         "Objective",
         "Router",
+        "RoutingRecord",
         "VSRAQConfig",
         "__version__",
+        "calibration_samples",
+        "compare",
         "find_routers",
         "plan_bits",
         "realign_routers",
+        "record_routing",
+        "replay_routing",
         "select_tokens",
     }
 

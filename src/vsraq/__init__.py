@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Router-aligned quantization of mixture-of-experts models, as an AutoRound plug-in.
 
-Importing this package registers the algorithm "vsraq" with AutoRound: at once where
-AutoRound is imported already, otherwise as soon as it is. Names are looked up on their
-first use, so that `vsraq.losses` needs no AutoRound.
+Importing this package registers the algorithm "vsraq" and the data sets of
+`vsraq.calibration` with AutoRound: at once where AutoRound is imported already,
+otherwise as soon as it is. Names are looked up on their first use, so that
+`vsraq.losses` needs no AutoRound.
 """
 
 from importlib import import_module
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
         record_routing,
         replay_routing,
     )
+    from vsraq.autoround.calibration_data import calibration_samples
     from vsraq.autoround.config import VSRAQConfig
     from vsraq.autoround.plan_bits import plan_bits
     from vsraq.autoround.select_tokens import select_tokens
@@ -34,6 +36,7 @@ _ROOMS = {
     "Router": "vsraq.routers",
     "RoutingRecord": "vsraq.analysis",
     "VSRAQConfig": "vsraq.autoround",
+    "calibration_samples": "vsraq.autoround",
     "compare": "vsraq.analysis",
     "find_routers": "vsraq.routers",
     "plan_bits": "vsraq.autoround",
@@ -52,6 +55,7 @@ __all__ = [
     "RoutingRecord",
     "VSRAQConfig",
     "__version__",
+    "calibration_samples",
     "compare",
     "find_routers",
     "plan_bits",

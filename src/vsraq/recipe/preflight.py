@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from vsraq.autoround.config import VSRAQConfig
 from vsraq.bits import BitPlan
+from vsraq.calibration import Part, draw, parse_names
 from vsraq.recipe.bits import check_bit_plan
 from vsraq.recipe.model import model_config, skeleton
 from vsraq.recipe.recipe import Recipe
@@ -201,16 +202,24 @@ def _gb(count: int) -> str:
 
 def _check_samples(recipe: Recipe) -> None:
     """Check that all data sets are known, and that a single local one is enough."""
-    parts = recipe.calibration.dataset.split(",")
+    dataset = recipe.calibration.dataset
+    ours = parse_names(dataset)
+    parts = [part.name for part in ours if part.source is None]
+    files = [part for part in ours if part.source is not None and part.source.is_file]
+    for file in files:
+        _refuse_spaces(dataset)
+        if not Path(file.name).is_file():
+            raise FileNotFoundError(_no_such_file(file.name))
+    if not ours:
+        parts = dataset.split(",")
+    elif len(files) == len(ours):  # nothing has to be downloaded
+        _draw(recipe, ours)
     for part in parts:
         name = part.partition(":")[0]
         if Path(name).is_file():
             _check_local(name)
         elif name.endswith((".json", ".jsonl", ".txt")) or name.startswith(("/", ".")):
-            raise FileNotFoundError(
-                f"calibration.dataset={name!r}: no such file; allowed is a .json or "
-                ".jsonl file, or one of AutoRound's data sets"
-            )
+            raise FileNotFoundError(_no_such_file(name))
         elif not any(name.split("/")[-1] in known for known in CALIB_DATASETS):
             known = sorted(CALIB_DATASETS)
             raise ValueError(
@@ -227,6 +236,17 @@ def _check_local(name: str) -> None:
             f"calibration.dataset={name!r}: AutoRound reads .json and .jsonl files; "
             "convert it to a .jsonl file with a text per line"
         )
+    _refuse_spaces(name)
+
+
+def _no_such_file(name: str) -> str:
+    return (
+        f"calibration.dataset={name!r}: no such file; allowed is a .json or .jsonl "
+        "file, or one of AutoRound's data sets"
+    )
+
+
+def _refuse_spaces(name: str) -> None:
     if " " in name:
         raise ValueError(
             f"calibration.dataset={name!r}: AutoRound drops spaces from the name; "
@@ -234,11 +254,29 @@ def _check_local(name: str) -> None:
         )
 
 
-def _count_samples(recipe: Recipe, path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(
+def _tokenizer(recipe: Recipe) -> Any:
+    return AutoTokenizer.from_pretrained(
         recipe.model,
         trust_remote_code=bool(recipe.runtime.get("trust_remote_code", False)),
     )
+
+
+def _draw(recipe: Recipe, parts: Sequence[Part]) -> None:
+    calibration = recipe.calibration
+    try:
+        draw(
+            parts,
+            _tokenizer(recipe),
+            calibration.nsamples,
+            calibration.seqlen,
+            calibration.seed,
+        )
+    except ValueError as error:
+        raise ValueError(f"calibration.{error}") from error
+
+
+def _count_samples(recipe: Recipe, path: Path) -> None:
+    tokenizer = _tokenizer(recipe)
     seqlen, wanted = recipe.calibration.seqlen, recipe.calibration.nsamples
     texts = enough = longest = 0
     for text in _texts(path):
