@@ -17,7 +17,6 @@ import vsraq
 from families import causal_moe_types, tiny_family
 from test_capture import hook_count
 from vsraq.analysis import Comparison, Thresholds, compare_models, fp_pass
-from vsraq.analysis.passes import CHUNK_TOKENS
 from vsraq.analysis.results import LAYER_METRICS, METRICS
 from vsraq.checkpoint import load_model
 from vsraq.tokens import Sampling
@@ -172,6 +171,7 @@ def test_batches_do_not_matter(pair, monkeypatch):
     fp_model, q_model = pair
     whole = vsraq.compare(fp_model, q_model, SEQUENCES, batch_size=5)
     monkeypatch.setattr("vsraq.analysis.passes.CHUNK_TOKENS", 7)
+    monkeypatch.setattr("vsraq.analysis.passes.CHUNK_LOGITS", 1)
     streamed = vsraq.compare(fp_model, q_model, SEQUENCES, batch_size=1)
     for name, interval in whole.methods["quantized"].metrics.items():
         other = streamed.methods["quantized"].metrics[name]
@@ -441,7 +441,9 @@ def test_every_mode_and_hook_is_put_back(pair):
 # ── what it costs ─────────────────────────────────────────────────────────────
 
 
-def test_logits_of_a_chunk_exist_at_once(pair):
+def test_logits_of_a_chunk_exist_at_once(pair, monkeypatch):
+    monkeypatch.setattr("vsraq.analysis.passes.CHUNK_TOKENS", 50)
+    monkeypatch.setattr("vsraq.analysis.passes.CHUNK_LOGITS", 70 * tiny.VOCAB)
     rows = []
     handles = [
         model.lm_head.register_forward_hook(
@@ -449,12 +451,11 @@ def test_logits_of_a_chunk_exist_at_once(pair):
         )
         for model in pair
     ]
-    batch = torch.cat(tiny.calibration(samples=2 * CHUNK_TOKENS // tiny.SEQLEN + 3))
+    batch = torch.cat(tiny.calibration(samples=6))
     vsraq.compare(*pair, batch, batch_size=len(batch))
     for handle in handles:
         handle.remove()
-    assert sum(rows) == 2 * batch.numel()
-    assert max(rows) == CHUNK_TOKENS
+    assert rows == [50, 50, 70, 70, 70, 70, 2, 2]
 
 
 def test_every_family_compares_with_itself(full):

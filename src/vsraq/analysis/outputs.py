@@ -7,6 +7,7 @@ time: each distribution is computed once, in parts that stay in the processor's 
 Shapes: n tokens, V vocabulary.
 """
 
+import math
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from vsraq.metrics import candidates, candidates_jsd, jsd_of_probabilities
 from vsraq.tokens.sampling import Sampling
 
 # float32 values of a part: six such tensors are alive at once
-_PART_VALUES = 2**17
+_PART_VALUES = 2**16
 
 
 class OutputChange(NamedTuple):
@@ -74,7 +75,7 @@ def output_change(
             *(t.split(part) for t in (q_logits, fp_logits, next_ids)), strict=True
         )
     ]
-    q_nll, fp_nll, kl, jsd = torch.cat(parts, dim=-1)
+    q_nll, fp_nll, kl, jsd = (torch.cat(own) for own in zip(*parts, strict=True))
     if not kl.isfinite().all():
         raise ValueError(
             "the quantized model masks a token (its logit is -inf) that has a "
@@ -87,28 +88,52 @@ def output_change(
     )
 
 
-def _divergences(q_logits: Tensor, fp_logits: Tensor, next_ids: Tensor) -> Tensor:
-    """Return the NLL of q and fp, KL and JSD, (4, n)."""
+# 1 - d^2 below this has lost too many digits
+_FAR = 1e-3
+
+
+def _divergences(
+    q_logits: Tensor, fp_logits: Tensor, next_ids: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the NLL of q and fp, KL and JSD, (n,) each."""
     q_scores, q_p, q_log_sum = _softmax(q_logits)
     fp_scores, fp_p, fp_log_sum = _softmax(fp_logits)
     known = next_ids >= 0
     index = next_ids.clamp(min=0).unsqueeze(-1)
-    nll = [
-        (log_sum - scores.gather(-1, index).squeeze(-1)) * known
+    q_nll, fp_nll = (
+        (log_sum - scores.gather(-1, index)).squeeze(-1) * known
         for scores, log_sum in ((q_scores, q_log_sum), (fp_scores, fp_log_sum))
-    ]
-    masked = fp_scores.amin(-1).isneginf().any()
-    ratio = fp_scores.sub_(q_scores)
+    )
+    # log p_fp - log p_q; infinite scores are those of masked tokens
+    masked = bool(fp_scores.amin().isneginf())
+    ratio = fp_scores.sub_(q_scores).sub_(fp_log_sum - q_log_sum)
     if masked:  # a token without probability counts for nothing
         ratio.masked_fill_(fp_p == 0, 0)
-    kl = torch.linalg.vecdot(fp_p, ratio) - (fp_log_sum - q_log_sum)
-    return torch.stack((*nll, kl.clamp(min=0), jsd_of_probabilities(q_p, fp_p)))
+    kl = torch.linalg.vecdot(fp_p, ratio).clamp_(min=0)
+    return q_nll, fp_nll, kl, _jsd(q_p, fp_p, ratio, q_scores)
+
+
+def _jsd(q_p: Tensor, fp_p: Tensor, ratio: Tensor, free: Tensor) -> Tensor:
+    """Compute the JSD from probabilities and log p_fp - log p_q; overwrites `free`.
+
+    With d = (q - fp) / (q + fp), JSD is the sum of (q + fp) / 4 times
+    (1 + d) log(1 + d) + (1 - d) log(1 - d) = log(1 - d^2) - d ratio: one logarithm
+    instead of two. Where d is near 1 it is not exact enough.
+    """
+    total = torch.add(q_p, fp_p, out=free)
+    d = torch.sub(q_p, fp_p)
+    d.div_(total.clamp_(min=torch.finfo(total.dtype).tiny))
+    terms = torch.mul(d, d).neg_()
+    if terms.amin() < _FAR - 1:
+        return jsd_of_probabilities(q_p, fp_p)
+    terms.log1p_().addcmul_(d, ratio, value=-1)
+    return torch.linalg.vecdot(terms, total).div_(4).clamp_(0, math.log(2))
 
 
 def _softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return scores z - max, (n, V), softmax, (n, V), and log sum exp score, (n,)."""
+    """Return scores z - max, (n, V), softmax, (n, V), and log sum exp score, (n, 1)."""
     scores = logits.float()
     scores = scores - scores.amax(-1, keepdim=True)
     p = scores.exp()
     total = p.sum(-1, keepdim=True)
-    return scores, p.div_(total), total.squeeze(-1).log()
+    return scores, p.div_(total), total.log_()

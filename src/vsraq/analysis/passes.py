@@ -24,8 +24,9 @@ from vsraq.routers import BoundRouter, Router
 from vsraq.tokens.output_head import OutputHead
 from vsraq.tokens.sampling import Sampling
 
-# Tokens whose logits over the vocabulary exist at once, on each side.
-CHUNK_TOKENS = 256
+# Tokens whose logits over the vocabulary exist at once, on each side: as many as have
+# this number of logits, but not fewer than the tokens.
+CHUNK_LOGITS, CHUNK_TOKENS = 2**22, 256
 _NO_TOKEN = -100
 
 
@@ -147,9 +148,11 @@ def _outputs(
     (q_head, q_rows), (fp_head, fp_rows) = q, fp
     following = F.pad(input_ids[:, 1:], (0, 1), value=_NO_TOKEN).flatten()
     parts: list[OutputChange] = []
-    for start in range(0, len(following), CHUNK_TOKENS):
-        part = slice(start, start + CHUNK_TOKENS)
+    start, chunk = 0, CHUNK_TOKENS
+    while start < len(following):
+        part = slice(start, start + chunk)
         q_logits = q_head(q_rows[part])
+        start, chunk = start + chunk, max(CHUNK_LOGITS // q_logits.shape[-1], chunk)
         fp_logits = fp_head(fp_rows[part]).to(q_logits.device)
         next_ids = following[part].to(q_logits.device)
         parts.append(output_change(q_logits, fp_logits, next_ids, sampling))

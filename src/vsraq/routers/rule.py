@@ -87,6 +87,8 @@ class SelectionRule:
         """
         scores, refused = self._scores(logits, correction_bias)
         order = scores.argsort(dim=-1, descending=True, stable=True)
+        if self.num_groups == 1:
+            return order
         masked = scores.masked_fill(refused, self.masked_score).gather(-1, order)
         return order.gather(-1, masked.argsort(dim=-1, descending=True, stable=True))
 
