@@ -9,11 +9,13 @@ import httpx2
 import huggingface_hub
 import pytest
 import torch
+from auto_round import calib_dataset
 from auto_round.calib_dataset import CALIB_DATASETS, get_dataloader, get_dataset
 from datasets import Dataset
 
 import tiny
 import vsraq
+from vsraq.autoround.calibration_data import register
 from vsraq.calibration import MIXTURES, choose_balanced, hub
 from vsraq.calibration.documents import document_ids
 from vsraq.calibration.sources import Source
@@ -283,6 +285,8 @@ def test_autoround_tunes_on_them(quantize):
 
 
 def test_autorounds_own_names_are_unchanged(tokenizer, text_file):
+    register()  # once more changes nothing
+    assert calib_dataset.get_dataset is get_dataset
     wrapped = inspect.signature(get_dataset.__wrapped__).parameters
     assert list(wrapped) == ["tokenizer", "seqlen", "dataset_name", "seed", "nsamples"]
     same = get_dataset.__wrapped__(tokenizer, 32, text_file, seed=5, nsamples=4)

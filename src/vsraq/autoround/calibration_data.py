@@ -189,5 +189,5 @@ def register() -> None:
     """Register our data sets with AutoRound; doing it twice is doing it once."""
     for name in MIXTURES:
         calib_dataset.register_dataset(name)(_registered(name))
-    if not isinstance(calib_dataset.get_dataset, wrapt.ObjectProxy):
+    if not isinstance(calib_dataset.get_dataset, wrapt.FunctionWrapper):
         wrapt.wrap_function_wrapper(calib_dataset, "get_dataset", _read)
