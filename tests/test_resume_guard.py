@@ -168,7 +168,7 @@ def test_a_finished_run_leaves_the_folders_free(files, tmp_path):
     shutil.rmtree(files.output)
     assert Files(tmp_path, SETTINGS | {"iters": "5"}).run.open() == 0
     left = {p.name for p in (tmp_path / "resume").iterdir()}
-    assert left == {"vsraq_run.json"}
+    assert left == {"vsraq_resume.json"}
 
 
 def refused(tmp_path, message, **named):
@@ -333,9 +333,9 @@ def test_a_resume_folder_that_autoround_ignores_is_refused(
     root, source = killed
     shutil.copytree(root, tmp_path / "copy")
     copy = tmp_path / "copy"
-    run = json.loads((copy / "resume" / "vsraq_run.json").read_text())
+    run = json.loads((copy / "resume" / "vsraq_resume.json").read_text())
     text = json.dumps(run).replace(str(root), str(copy))
-    (copy / "resume" / "vsraq_run.json").write_text(text)
+    (copy / "resume" / "vsraq_resume.json").write_text(text)
     manifest = copy / "resume" / "group_0" / "resume_manifest.json"
     content = json.loads(manifest.read_text()) | {"signature": "another"}
     manifest.write_text(json.dumps(content))
@@ -398,7 +398,7 @@ def test_no_resume_folder_no_file(quantize, tmp_path, monkeypatch):
     monkeypatch.delenv("AR_RESUME_DIR", raising=False)
     monkeypatch.chdir(tmp_path)
     tuned(quantize, VSRAQConfig(iters=1))
-    assert not list(tmp_path.rglob("vsraq_run.json"))
+    assert not list(tmp_path.rglob("vsraq_resume.json"))
 
 
 # ── where the export goes ─────────────────────────────────────────────────────

@@ -65,6 +65,11 @@ class RunCoverage:
             self._counts.tokens[router] = counts["tokens"]
             self._counts.fp_tokens[router] = counts["fp_tokens"]
 
+    @property
+    def tokens(self) -> dict[str, list[int]]:
+        """By router, calibration tokens of each expert; empty after `report`."""
+        return {name: tokens.tolist() for name, tokens in self._counts.tokens.items()}
+
     def report(self, num_routers: int, folder: str | Path | None) -> None:
         """Log the counts, and write them to an export; once.
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A block that AutoRound is about to tune: its routers, its tokens, its terms."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from vsraq.autoround.alignment_run import AlignmentRun
 from vsraq.autoround.next_router import load_next_router, next_term
 from vsraq.autoround.refit import refit_in_block
 from vsraq.autoround.routing_pass import selected_experts
+from vsraq.callbacks import RouterRefit
 from vsraq.capture import RouterCapture
 from vsraq.full_precision import FpRouters, FullPrecisionCapture
 from vsraq.router_terms import BlockTensors, RouterTerm, own_term
@@ -172,14 +174,19 @@ class AlignedBlock:
             self.run.orchestrator.compress_context.cache_device,
         )
 
-    def refit(self, fp_routers: FpRouters) -> None:
-        """Re-fit the routers of the tuned block, before its output feeds the next."""
+    def refit(self, fp_routers: FpRouters) -> list[RouterRefit]:
+        """Re-fit the routers of the tuned block, before its output feeds the next.
+
+        Returns:
+            What was tried; nothing without `realign_routers`.
+        """
         settings = self.run.alignment.refit
         if settings is None:
-            return
+            return []
+        tried = []
         for router in self.routers:
             named = replace(router, name=self.full_name(router))
-            self.run.refitted |= refit_in_block(
+            refit, weights = refit_in_block(
                 self.module,
                 replace(router.bind(self.module), description=named),
                 fp_routers.logits[router.name],
@@ -188,6 +195,17 @@ class AlignedBlock:
                 self.runner,
                 settings,
             )
+            self.run.refitted |= weights
+            overlap = refit.before_jaccard, refit.after_jaccard
+            tried.append(
+                RouterRefit(
+                    name=refit.router,
+                    refit=refit.applied,
+                    logit_error=(refit.before, refit.after),
+                    jaccard=None if math.isnan(overlap[0]) else overlap,
+                )
+            )
+        return tried
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,15 +22,21 @@ from vsraq.autoround.checks import (
     check_smoothing,
     check_stream,
     check_weighting,
-    within_reach,
 )
 from vsraq.autoround.config import VSRAQConfig
+from vsraq.autoround.log_alignment import log_alignment
 from vsraq.autoround.process_checks import (
     check_exporter,
     check_processes,
     model_settings,
 )
-from vsraq.autoround.resumable import export_folders, open_run
+from vsraq.autoround.resumable import (
+    block_count,
+    export_folders,
+    model_and_scheme,
+    open_run,
+)
+from vsraq.callbacks import RouterRefit
 from vsraq.hybrids import adapt_attention_mask
 from vsraq.processes import process_count
 from vsraq.realignment.exported_routers import restore_refitted_routers
@@ -41,6 +47,9 @@ from vsraq.resume.output_folder import set_leftovers_aside
 from vsraq.routers import Router, declared_router_classes, find_routers
 from vsraq.run_coverage import RunCoverage
 from vsraq.run_inside import run_inside
+from vsraq.run_record.file import run_file, write_run
+from vsraq.run_record.peak_memory import peak_mebibytes
+from vsraq.run_record.recorder import RunRecorder
 from vsraq.tokens import TokenMask
 
 if TYPE_CHECKING:
@@ -64,6 +73,7 @@ class AlignmentRun:
         orchestrator: AutoRound's.
         routers: Of all blocks, by their names in the model.
         coverage: Calibration tokens per expert.
+        recorder: What the run writes down, and whom it tells.
         refitted: Re-fitted weights by parameter name, on the CPU until the last export.
 
     Raises:
@@ -75,6 +85,7 @@ class AlignmentRun:
         self.orchestrator = orchestrator
         self.routers: tuple[Router, ...] = ()
         self.coverage = self._new_coverage()
+        self.recorder = RunRecorder(config.callbacks)
         self.refitted: dict[str, Tensor] = {}
         self._config = config
         self._router_classes: tuple[type, ...] = ()
@@ -85,6 +96,8 @@ class AlignmentRun:
         self._owns_output = False
         self._resumable: ResumableRun | None = None
         self._done = 0  # blocks that a killed run has tuned
+        self._expert_tokens: dict[str, list[int]] = {}
+        run_inside(orchestrator, "_quantize_data_driven", self.recorder.running)
         if self.alignment:
             self._router_classes = declared_router_classes(self.model)
             self.routers = self.routers_of(self.model)
@@ -167,8 +180,14 @@ class AlignmentRun:
             self._check_model(composer)
         if self._tokens is not None:
             self._tokens.select(self.orchestrator, composer)
-        if self._resumable is not None:
-            self._take_up(self._resumable.tuned(self._done))
+        done = self._resumable.tuned(self._done) if self._resumable is not None else []
+        self._take_up(done)
+        self.recorder.start(
+            *model_and_scheme(self.orchestrator),
+            block_count(self.orchestrator),
+            self._config.iters,
+            [record.entry for record in done],
+        )
 
     def prepare_lone_block(self) -> None:
         """Prepare a run of single blocks, which AutoRound does not announce."""
@@ -254,7 +273,7 @@ class AlignmentRun:
             # Code compiled for an earlier run of this process calls no router hook,
             # and torch.compile does not check for one.
             torch.compiler.reset()
-        self._log_alignment()
+        log_alignment(self.model, self.routers, self.alignment, self._config)
 
     def _check_routers(self, composer: "AlgorithmComposer | None") -> None:
         alignment, routers = self.alignment, self.routers
@@ -270,34 +289,6 @@ class AlignmentRun:
             logger.info("vsraq: which experts a router chooses: %s", reason)
         if alignment.next_router_weight != 0:
             check_next_router(self.model, self.orchestrator, composer)
-
-    def _log_alignment(self) -> None:
-        alignment, config = self.alignment, self._config
-        one_block = config.nblocks == 1 and not config.enable_norm_bias_tuning
-        if (
-            alignment.router_weight != 0
-            and one_block
-            and not within_reach(self.model, self.routers)
-        ):
-            logger.log(
-                logging.WARNING if alignment.next_router_weight == 0 else logging.INFO,
-                "vsraq: router_weight=%s: no MoE block of %s has a quantized layer "
-                "before its router, so the own-router loss tunes nothing; "
-                'next_router_weight="auto" reaches the layers before a MoE block and '
-                "its experts",
-                alignment.router_weight,
-                type(self.model).__name__,
-            )
-        logger.info(
-            "vsraq: %d routers; router_weight=%s, objective %s; next_router_weight=%s, "
-            "objective %s; realign_routers=%s",
-            len(self.routers),
-            alignment.router_weight,
-            alignment.own_objective,
-            alignment.next_router_weight,
-            alignment.next_objective,
-            alignment.realign_routers,
-        )
 
     # ── Killed and resumed ───────────────────────────────────────────────────
 
@@ -334,19 +325,34 @@ class AlignmentRun:
             )
         self._resumable.start_block(index)
 
-    def end_block(self, block_ctx: Any, routers: Iterable[str]) -> None:
-        """Keep what a resumed run must know about a block."""
+    def end_block(
+        self,
+        block_ctx: Any,
+        routers: Iterable[str] = (),
+        weights: Mapping[str, float] | None = None,
+        refits: Sequence[RouterRefit] = (),
+    ) -> None:
+        """Record a block, keep what a resumed run must know, and tell the callbacks.
+
+        Args:
+            block_ctx: AutoRound's names and index of the block.
+            routers: The names of its routers.
+            weights: Of its router losses, by label.
+            refits: Of its routers.
+        """
         if self._is_lone:
             self.coverage.report(len(self.routers), None)
-        if self._resumable is None:
-            return
-        inside = tuple(f"{name}." for name in block_ctx.block_names)
-        record = BlockRecord(
-            {n: w for n, w in self.refitted.items() if n.startswith(inside)},
-            {name: self.coverage.counts_of(name) for name in routers},
-            (),
-        )
-        self._resumable.end_block(block_ctx.block_index, record)
+        entry = self.recorder.end_block(weights or {}, refits)
+        if self._resumable is not None:
+            inside = tuple(f"{name}." for name in block_ctx.block_names)
+            record = BlockRecord(
+                {n: w for n, w in self.refitted.items() if n.startswith(inside)},
+                {name: self.coverage.counts_of(name) for name in routers},
+                (),
+                entry,
+            )
+            self._resumable.end_block(block_ctx.block_index, record)
+        self.recorder.announce()
 
     # ── After the last block ─────────────────────────────────────────────────
 
@@ -354,6 +360,7 @@ class AlignmentRun:
         """Report and record what was done; safe to call twice."""
         if self.refitted:
             record_realignment(self.model, self.refitted)
+        self._expert_tokens |= self.coverage.tokens
         self.coverage.report(len(self.routers), self._export_dir())
 
     def start_export(self, folder: Path) -> None:
@@ -367,8 +374,21 @@ class AlignmentRun:
         if self.refitted:
             for folder in folders:
                 restore_refitted_routers(folder, self.model, self.refitted)
+        for folder in folders:
+            write_run(folder, self._run_file())
         if self._resumable is not None:
             self._resumable.finish()
+
+    def _run_file(self) -> dict[str, Any]:
+        model, scheme = model_and_scheme(self.orchestrator)
+        return run_file(
+            model=model,
+            scheme=scheme,
+            seconds=self.recorder.seconds,
+            peak_mebibytes=peak_mebibytes(),
+            blocks=self.recorder.blocks,
+            coverage=self._expert_tokens or None,
+        )
 
     def _export_dir(self) -> Any:
         exports = getattr(self.orchestrator, "formats", None)  # quantize_and_save

@@ -2,9 +2,7 @@
 """One block while AutoRound tunes it: its router terms, and what they did."""
 
 import logging
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeAlias
 
@@ -16,34 +14,13 @@ from vsraq.autoround.balance import balance_terms
 from vsraq.full_precision import eager
 from vsraq.processes import mean_over_processes, with_common_value
 from vsraq.router_terms import RouterTerm
+from vsraq.run_record.loss_curves import RECONSTRUCTION, Curves, LossCurves
+from vsraq.tokens.counted import CountedTokens
 
 logger = logging.getLogger("autoround.vsraq")
 
 # (output of the block, its reference, samples) -> AutoRound's loss of a micro-batch
 Reconstruction: TypeAlias = Callable[[Tensor, Tensor, list[int]], Tensor]
-
-
-@dataclass
-class Losses:
-    """Sums over the micro-batches of one iteration, by name."""
-
-    parts: dict[str, Tensor | float] = field(default_factory=dict)
-    total: Tensor | float = 0.0
-    valid_tokens: Tensor | float = 0.0
-    batches: int = 0
-
-    def add(self, name: str, loss: Tensor) -> None:
-        """Add one micro-batch's loss."""
-        self.parts[name] = self.parts.get(name, 0.0) + loss.detach()
-
-    def means(self) -> dict[str, float]:
-        """Return the means over the micro-batches."""
-        count = max(self.batches, 1)
-        return {name: float(loss) / count for name, loss in self.parts.items()}
-
-    def iteration_value(self) -> float:
-        """Return the value whose minimum is the best iteration."""
-        return float(self.total) / max(float(self.valid_tokens), 1.0)
 
 
 class BlockTuning:
@@ -54,36 +31,25 @@ class BlockTuning:
     Args:
         block: The block.
         terms: Its router losses.
-        keep_best: Whether AutoRound keeps the best iteration, not the last.
+        curves: Gets the losses of every iteration.
 
     Attributes:
         name: Its name in the model.
         terms: Its router losses.
-        current: Sums of the iteration that is running.
-        iteration: Its index.
+        curves: The losses of every iteration.
     """
 
     def __init__(
-        self,
-        block: AlignedBlock,
-        terms: Sequence[RouterTerm],
-        *,
-        keep_best: bool,
+        self, block: AlignedBlock, terms: Sequence[RouterTerm], curves: LossCurves
     ) -> None:
         self.name = block.name
         self.terms = terms
-        self.current = Losses()
-        self.iteration = 0
+        self.curves = curves
         self._tensors = block.tensors
         self._tokens = block.tokens
         self._per_sample = block.tokens.per_sample(block.tensors.tokens)
         self._runner = block.runner
-        self._keep_best = keep_best
         self._quantized = 0
-        self._first: dict[str, float] | None = None
-        self._best: dict[str, float] = {}
-        self._best_value = math.inf
-        self._best_iteration = 0
 
     # ── Before the first iteration ───────────────────────────────────────────
 
@@ -175,21 +141,15 @@ class BlockTuning:
             if loss is None:
                 continue
             loss = weight * loss.to(device)
-            self.current.add(term.label, loss)
+            self.curves.add(term.label, loss)
             # A term that the tuning cannot change still differs between micro-batches;
             # that must not decide which iteration is the best.
             if term.reaches_something:
                 total = total + term.weight * scale * share * loss  # type: ignore[operator]
-        self.current.add("reconstruction", reconstruction / scale)
+        self.curves.add(RECONSTRUCTION, reconstruction / scale)
         total = with_common_value(total)
         self._check_finite(total)
-        self.current.total += total.detach()
-        # Without a mask AutoRound divides by a constant: the same iteration is best.
-        valid = self._tokens.valid(samples)
-        if valid is not None:
-            count = valid.to(device).sum()
-            self.current.valid_tokens += mean_over_processes(count)
-        self.current.batches += 1
+        self.curves.end_batch(total, valid_tokens(self._tokens, samples, device))
         return total
 
     def _losses(
@@ -233,36 +193,30 @@ class BlockTuning:
     def _check_finite(self, total: Tensor) -> None:
         if torch.isfinite(total):
             return
-        sums = ", ".join(f"{k} {float(v)}" for k, v in self.current.parts.items())
+        sums = ", ".join(f"{k} {v}" for k, v in self.curves.running.items())
         raise RuntimeError(
-            f"block {self.name}, iteration {self.iteration}: loss is {total.item()} "
-            f"(sums of this iteration: {sums}); allowed are finite values; look for "
-            "inf or NaN in the block's weights and calibration inputs, or lower lr"
+            f"block {self.name}, iteration {self.curves.iteration}: loss is "
+            f"{total.item()} (sums of this iteration: {sums}); allowed are finite "
+            "values; look for inf or NaN in the block's weights and calibration "
+            "inputs, or lower lr"
         )
-
-    def finish_iteration(self) -> None:
-        """Close the running iteration; without sums, do nothing."""
-        if self.current.batches == 0:
-            return
-        means, value = self.current.means(), self.current.iteration_value()
-        if self._first is None:
-            self._first = means
-        if value < self._best_value or not self._keep_best:
-            self._best, self._best_value = means, value
-            self._best_iteration = self.iteration
-        self.current = Losses()
-        self.iteration += 1
 
     # ── After the last iteration ─────────────────────────────────────────────
 
-    def log(self) -> None:
+    @property
+    def weights(self) -> dict[str, float]:
+        """The final weights of the terms by label."""
+        # "auto" where no layer was wrapped, so that nothing was balanced
+        return {t.label: t.weight for t in self.terms if t.weight != "auto"}
+
+    def log(self, curves: Curves) -> None:
         """Log what the tuning did, and which terms had no effect."""
-        if self._first is None:
+        if curves.iterations == 0:
             logger.warning(
                 "vsraq: %s: no layer was tuned, so no router was aligned", self.name
             )
             return
-        logger.info("vsraq: %s", self._summary(self._first))
+        logger.info("vsraq: %s", self._summary(curves))
         for term in self.terms:
             # an automatic weight is 0 there, so no warning is needed
             if term.weight != 0 and not term.reaches_something:
@@ -273,14 +227,28 @@ class BlockTuning:
                     term.label,
                 )
 
-    def _summary(self, first: dict[str, float]) -> str:
-        def change(name: str) -> str:
-            return f"{name} {first[name]:.3e} -> {self._best[name]:.3e}"
+    def _summary(self, curves: Curves) -> str:
+        best = curves.best_iteration
 
-        parts = [change("reconstruction")]
+        def change(label: str) -> str:
+            losses = curves.losses[label]
+            return f"{label} {losses[0]:.3e} -> {losses[best]:.3e}"
+
+        parts = [change(RECONSTRUCTION)]
         parts += [
             f"{change(term.label)} (weight {term.weight:.4g}, reaches {term.reached} "
             f"of {self._quantized} quantized layers)"
             for term in self.terms
         ]
-        return f"{self.name}: iter 0 -> {self._best_iteration}: {', '.join(parts)}"
+        return f"{self.name}: iter 0 -> {best}: {', '.join(parts)}"
+
+
+def valid_tokens(
+    tokens: CountedTokens, samples: list[int], device: torch.device
+) -> Tensor | None:
+    """Count the tokens of samples that AutoRound does not mask; None without a mask.
+
+    Several processes have the mean of their counts.
+    """
+    valid = tokens.valid(samples)
+    return None if valid is None else mean_over_processes(valid.to(device).sum())

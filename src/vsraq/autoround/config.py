@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """`VSRAQConfig`: AutoRound's SignRound configuration plus router alignment."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 
 from vsraq.autoround.option_types import check_config_options, check_options
+from vsraq.callbacks import Callback, check_callbacks
 from vsraq.objectives import ObjectiveLike
 from vsraq.options import (
     OPTIONS,
@@ -81,6 +82,8 @@ class VSRAQConfig(SignRoundConfig):
             named at the end of the run; None is 1.
         on_unreached: "warn" about them (None), or end the run at the first block that
             has such experts ("error").
+        callbacks: Objects that hear of blocks and steps, see `vsraq.callbacks`; None
+            is nobody. They do not change the tuning.
         **kwargs: Arguments of `SignRoundConfig` (`iters`, `lr`, `nblocks`, ...).
 
     None leaves an option at its default, which is in `vsraq.options`.
@@ -107,6 +110,7 @@ class VSRAQConfig(SignRoundConfig):
         realign_routers: bool | Mapping[str, Any] | None = None,
         min_tokens_per_expert: int | None = None,
         on_unreached: OnUnreached | None = None,
+        callbacks: Sequence[Callback] | None = None,
         **kwargs: Any,
     ) -> None:
         options = {name: value for name, value in locals().items() if name in OPTIONS}
@@ -121,8 +125,19 @@ class VSRAQConfig(SignRoundConfig):
         super().__init__(**kwargs)
         for name, value in options.items():
             setattr(self, name, value)
+        # without a public name: what has one is in the settings that a resume compares
+        self._callbacks = check_callbacks(() if callbacks is None else callbacks)
         self.select_only = False  # for `vsraq select-tokens`
         self.check_alignment()
+
+    @property
+    def callbacks(self) -> tuple[Callback, ...]:
+        """What hears of the run."""
+        return self._callbacks
+
+    @callbacks.setter
+    def callbacks(self, callbacks: Sequence[Callback]) -> None:
+        self._callbacks = check_callbacks(callbacks)
 
     @property
     def named(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from vsraq.autoround.after_wrapping import after_wrapping
 from vsraq.autoround.aligned_block import AlignedBlock, without_checkpointing
 from vsraq.autoround.alignment_run import AlignmentRun
-from vsraq.autoround.block_tuning import BlockTuning
+from vsraq.autoround.block_tuning import BlockTuning, valid_tokens
 from vsraq.autoround.config import VSRAQConfig
 from vsraq.autoround.several_processes import SeveralProcesses
 from vsraq.full_precision import FpRouters, FullPrecisionCapture
@@ -34,6 +34,7 @@ from vsraq.realignment.exported_routers import around_saving
 from vsraq.resume.disk_errors import explain_disk_errors
 from vsraq.router_terms import BlockTensors
 from vsraq.run_inside import run_inside
+from vsraq.run_record.loss_curves import RECONSTRUCTION
 from vsraq.tokens import TokenMask
 from vsraq.tokens.counted import CountedTokens
 
@@ -158,14 +159,17 @@ class VSRAQQuantizer(SeveralProcesses):
         tune = partial(super().quantize_block, block, *given, *args, **kwargs)
         run, on_q_inputs = self.run, self.enable_quanted_input
         run.start_block(block_ctx, lacks_inputs=q_inputs is None and on_q_inputs)
+        run.prepare_lone_block()
+        name, keep_best = "+".join(block_ctx.block_names), not self.not_use_best_mse
+        run.recorder.start_block(name, self.iters, keep_best=keep_best)
+        self._find_valid_tokens(kwargs.get("input_ids"))
         if not run.alignment:
             best_params = tune()
-            run.end_block(block_ctx, ())
+            run.recorder.end_iteration()  # an early stop skips the last _step
+            run.end_block(block_ctx)
             return best_params
-        run.prepare_lone_block()
         quantized_stream = q_inputs is not None and on_q_inputs
         inputs = q_inputs if quantized_stream else fp_inputs
-        self._find_valid_tokens(kwargs.get("input_ids"))
         aligned = AlignedBlock(
             block,
             block_ctx.block_names,
@@ -179,10 +183,10 @@ class VSRAQQuantizer(SeveralProcesses):
         capture, self._fp_capture = self._fp_capture, None
         fp_routers = aligned.fp_routers(capture, derivable=q_inputs is None)
         aligned.count_tokens(fp_routers, quantized_stream=quantized_stream)
-        best_params = self._tune(tune, aligned, fp_routers)
-        aligned.refit(fp_routers)
+        best_params, weights = self._tune(tune, aligned, fp_routers)
+        refits = aligned.refit(fp_routers)
         names = [aligned.full_name(router) for router in aligned.routers]
-        run.end_block(block_ctx, names)
+        run.end_block(block_ctx, names, weights, refits)
         return best_params
 
     def _find_valid_tokens(self, input_ids: list[Tensor] | None) -> None:
@@ -195,23 +199,28 @@ class VSRAQQuantizer(SeveralProcesses):
         tune: Callable[[], dict[str, Any]],
         block: AlignedBlock,
         fp_routers: FpRouters,
-    ) -> dict[str, Any]:
-        """Run AutoRound's loop with the terms of a block."""
+    ) -> tuple[dict[str, Any], dict[str, float]]:
+        """Run AutoRound's loop with the terms of a block; return their weights too."""
+        recorder = self.run.recorder
+        assert recorder.curves is not None, "a block is tuned that was not started"
         # an automatic device map keeps the block's output off a device that is full
         device = getattr(self, "_loss_device", None) or self.block_forward.device
         with ExitStack() as stack:
             both = block.own_term(fp_routers, stack), block.next_term(device)
             terms = [term for term in both if term is not None]
             if not terms:
-                return tune()
-            tuning = BlockTuning(block, terms, keep_best=not self.not_use_best_mse)
+                best_params = tune()
+                recorder.end_iteration()
+                return best_params, {}
+            curves = recorder.curves
+            tuning = BlockTuning(block, terms, curves)
             stack.callback(setattr, self, "tuning", None)
             stack.enter_context(without_checkpointing(block.module))
             stack.enter_context(after_wrapping(self, partial(self._start, tuning)))
             best_params = tune()
-        tuning.finish_iteration()  # an early stop skips the last _step
-        tuning.log()
-        return best_params
+        recorder.end_iteration()  # an early stop skips the last _step
+        tuning.log(curves.curves())
+        return best_params, tuning.weights
 
     def _start(self, tuning: BlockTuning, block: nn.Module) -> None:
         """Probe the terms of a block whose layers are wrapped, and switch them on."""
@@ -243,15 +252,25 @@ class VSRAQQuantizer(SeveralProcesses):
         reconstruction = super()._get_loss(
             pred_output, ref_output, indices, loss_func, *args, **kwargs
         )
-        if self.tuning is None:
-            return with_common_value(reconstruction)
         samples = [int(i) for i in indices]
         # With gradient accumulation AutoRound sums the error over all elements instead
         # of averaging it. The router terms are scaled alike, so their ratio stays.
         scale = pred_output.numel() if self._reconstruction_is_sum(loss_func) else 1
+        if self.tuning is None:
+            reconstruction = with_common_value(reconstruction)
+            self._record_plain(reconstruction, samples, scale)
+            return reconstruction
         return self.tuning.total_loss(
             reconstruction, pred_output, samples, self._step_of(samples), scale
         )
+
+    def _record_plain(self, loss: Tensor, samples: list[int], scale: int) -> None:
+        """Record AutoRound's loss of a micro-batch that has no router loss."""
+        curves = self.run.recorder.curves
+        if curves is None:  # outside a block
+            return
+        curves.add(RECONSTRUCTION, loss / scale)
+        curves.end_batch(loss, valid_tokens(self._tokens, samples, loss.device))
 
     def _get_non_zero_cnt(self, tensor: list[Tensor], indices: list[int]) -> float:
         """Return AutoRound's count of a step's valid tokens, and keep its samples."""
@@ -286,8 +305,7 @@ class VSRAQQuantizer(SeveralProcesses):
         return getattr(loss_func, "reduction", "mean") == "sum"
 
     def _step(self, scaler: Any, optimizer: Any, lr_schedule: Any) -> None:
-        if self.tuning is not None:
-            self.tuning.finish_iteration()
+        self.run.recorder.end_iteration()
         super()._step(scaler, optimizer, lr_schedule)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vsraq.capture import router_input
 from vsraq.full_precision import eager
 from vsraq.options import RefitSettings
-from vsraq.realignment import refit_router
+from vsraq.realignment import Refit, refit_router
 from vsraq.realignment.logits import REFIT_BYTES
 from vsraq.realignment.record import router_weight
 from vsraq.router_terms import BlockTensors
@@ -30,7 +30,7 @@ def refit_in_block(
     tokens: CountedTokens,
     runner: BlockForwardRunner,
     settings: RefitSettings,
-) -> dict[str, Tensor]:
+) -> tuple[Refit, dict[str, Tensor]]:
     """Re-fit one router of the tuned block, before its output feeds the next.
 
     Args:
@@ -43,8 +43,8 @@ def refit_in_block(
         settings: Its ridge and weighting.
 
     Returns:
-        The new weight, (E, H), on the CPU, by its name in the model; empty if the old
-        one stays.
+        What the re-fit did, and the new weight, (E, H), on the CPU, by its name in the
+        model; empty if the old one stays.
 
     Raises:
         ValueError: There are fewer than two samples with tokens that count.
@@ -85,6 +85,6 @@ def refit_in_block(
         )
     logger.info("vsraq: %s", refit)
     if not refit.applied:
-        return {}
+        return refit, {}
     weight_name, weight = router_weight(router.name, router.module)
-    return {weight_name: weight.detach().to("cpu", copy=True)}
+    return refit, {weight_name: weight.detach().to("cpu", copy=True)}

@@ -2,6 +2,7 @@
 """Whether a run of AutoRound can be resumed, and what must be the same for that."""
 
 import hashlib
+import math
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -95,7 +96,7 @@ def _check_resumable(
 
 def _settings_of(orchestrator: Any, output: Path, blocks: list[str]) -> dict[str, str]:
     """Collect what decides the tuned weights and files besides the algorithm."""
-    source = _source(orchestrator)
+    source = source_of(orchestrator)
     return {
         "model": source or type(orchestrator.model).__name__,
         "model_files": _stamp(source),
@@ -110,11 +111,24 @@ def _settings_of(orchestrator: Any, output: Path, blocks: list[str]) -> dict[str
     }
 
 
-def _source(orchestrator: Any) -> str | None:
+def source_of(orchestrator: Any) -> str | None:
+    """Return where the model of a run came from, None if that is unknown."""
     context = orchestrator.model_context
     streamed = getattr(context, "disk_stream_model_dir", None)
     config = getattr(context.model, "config", None)
     return streamed or getattr(config, "_name_or_path", None) or None
+
+
+def model_and_scheme(orchestrator: Any) -> tuple[str, str]:
+    """Return where a run's model came from, or its class, and its scheme's name."""
+    source = source_of(orchestrator) or type(orchestrator.model).__name__
+    return source, str(orchestrator.orig_scheme)
+
+
+def block_count(orchestrator: Any) -> int:
+    """Count the blocks that a run tunes; with `nblocks`, groups of them."""
+    groups = orchestrator.quant_block_list or get_block_names(orchestrator.model)
+    return sum(math.ceil(len(group) / orchestrator.nblocks) for group in groups)
 
 
 def _stamp(source: str | None) -> str:

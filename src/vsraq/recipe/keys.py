@@ -155,6 +155,14 @@ class RecipeKeys(StrictModel):
     bits: _Text | dict[str, Any] = Field(
         "", description="the path of a bit plan, or a mapping of keys"
     )
+    callbacks: dict[str, Any] = Field(default_factory=dict, description=_SECTION)
+
+
+class CallbacksKeys(StrictModel):
+    """The keys of `callbacks`."""
+
+    tensorboard: _Text = Field("", description="a str: a folder for event files")
+    wandb: _Text = Field("", description="a str: the name of a project")
 
 
 class CalibrationKeys(StrictModel):

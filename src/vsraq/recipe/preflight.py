@@ -19,6 +19,7 @@ from vsraq.autoround.config import VSRAQConfig
 from vsraq.bits import BitPlan
 from vsraq.calibration import Part, draw, parse_names
 from vsraq.recipe.bits import check_bit_plan
+from vsraq.recipe.callbacks import make_callbacks
 from vsraq.recipe.model import model_config, skeleton
 from vsraq.recipe.recipe import Recipe
 from vsraq.routers import find_routers
@@ -71,10 +72,12 @@ def check(recipe: Recipe) -> Estimate:
     Raises:
         FileNotFoundError: The model, a data set's file, the token mask or the bit plan
             is missing.
-        ValueError: The output cannot be written, the model is unknown or not a mixture
-            of experts, or there is too little room or calibration text.
+        ValueError: The output cannot be written, the package of a callback is missing,
+            the model is unknown or not a mixture of experts, or there is too little
+            room or calibration text.
     """
     config = recipe.algorithm_config()
+    make_callbacks(recipe.callbacks)  # their packages are installed
     folder = _writable(recipe.output, "output")
     if isinstance(config, VSRAQConfig) and isinstance(config.token_mask, str | Path):
         TokenMask.load(config.token_mask)

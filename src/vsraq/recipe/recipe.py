@@ -34,6 +34,7 @@ from vsraq.options import OPTIONS, refuse_misplaced
 from vsraq.recipe.keys import (
     BitsKeys,
     CalibrationKeys,
+    CallbacksKeys,
     Method,
     RecipeKeys,
     check_bits,
@@ -82,6 +83,8 @@ class Recipe:
         runtime: Further arguments of `auto_round.AutoRound`.
         bits: The path of a bit plan, or the settings to make one with; None for one
             scheme in all layers.
+        callbacks: What hears of the run: a folder for `tensorboard`, a project for
+            `wandb`.
 
     Raises:
         ValueError: A value is not allowed.
@@ -96,9 +99,13 @@ class Recipe:
     calibration: Calibration = field(default_factory=Calibration)
     runtime: Mapping[str, Any] = field(default_factory=dict)
     bits: str | Mapping[str, Any] | None = None
+    callbacks: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        sections = {"algorithm": dict(self.algorithm), "runtime": dict(self.runtime)}
+        sections = {
+            name: dict(getattr(self, name))
+            for name in ("algorithm", "runtime", "callbacks")
+        }
         values = vars(self) | sections | {"calibration": {}}
         if self.bits is None:
             del values["bits"]
@@ -107,6 +114,7 @@ class Recipe:
         check_values(RecipeKeys, values)
         check_formats(self.format)
         check_runtime(self.runtime)
+        check_values(CallbacksKeys, self.callbacks, "callbacks")
         if self.method == "vsraq":
             refuse_misplaced(self.algorithm)
         refuse_unknown(
@@ -165,6 +173,8 @@ class Recipe:
     def resolved(self) -> dict[str, Any]:
         """Return every setting with its final value, as `parse_recipe` reads it."""
         plain = asdict(self)
+        if not self.callbacks:
+            del plain["callbacks"]
         if self.bits is None:
             del plain["bits"]
         elif not isinstance(self.bits, str):
@@ -233,7 +243,7 @@ def parse_recipe(data: Mapping[str, Any]) -> Recipe:
         ValueError: A key is unknown or missing, or a value is not allowed.
     """
     values = dict(data)
-    for section in ("algorithm", "calibration", "runtime"):
+    for section in ("algorithm", "calibration", "runtime", "callbacks"):
         below = values.get(section)
         if below is None:  # a key with nothing below it
             values[section] = {}
@@ -262,4 +272,4 @@ def config_arguments(config_class: type) -> frozenset[str]:
         if init is not None and issubclass(owner, SignRoundConfig):
             parameters = inspect.signature(init).parameters
             names |= {n for n, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
-    return frozenset(names)
+    return frozenset(names - {"callbacks"})  # a section of its own

@@ -4,6 +4,8 @@
 import hashlib
 import json
 import logging
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -14,13 +16,17 @@ from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.schemes import QuantizationScheme
 
 from vsraq.autoround import VSRAQConfig
+from vsraq.autoround.plain_run import watch_plain_run
 from vsraq.autoround.select_tokens import selection_of
 from vsraq.autoround.token_selection import TokenSelection
 from vsraq.bits import BitPlan
+from vsraq.callbacks import Callback
 from vsraq.checkpoint.planned import PLAN_FILE
 from vsraq.options import Threshold
 from vsraq.recipe.bits import bit_plan, run_layer_config
+from vsraq.recipe.callbacks import make_callbacks
 from vsraq.recipe.recipe import Recipe
+from vsraq.run_record.file import add_recipe
 from vsraq.tokens import TokenMask
 from vsraq.yaml_text import write_yaml
 
@@ -32,6 +38,7 @@ def build(
     model: Any = None,
     config: SignRoundConfig | None = None,
     plan: BitPlan | None = None,
+    callbacks: Sequence[Callback] = (),
     **overrides: Any,
 ) -> AutoRound:
     """Build the AutoRound run of a recipe.
@@ -41,6 +48,7 @@ def build(
         model: A model in memory instead of `recipe.model`.
         config: Another configuration than `recipe.algorithm_config()`.
         plan: The recipe's bit plan, if it has been made already; see `bit_plan`.
+        callbacks: Hear of the run, besides those that the recipe names.
         **overrides: Arguments of `auto_round.AutoRound` that YAML cannot hold, such as
             a tokenizer or calibration tensors.
 
@@ -52,12 +60,19 @@ def build(
         plan = bit_plan(recipe, model, **overrides)
     if plan is not None:
         arguments["layer_config"] = run_layer_config(recipe, plan)
-    return AutoRound(
+    config = recipe.algorithm_config() if config is None else config
+    callbacks = [*make_callbacks(recipe.callbacks), *callbacks]
+    if isinstance(config, VSRAQConfig):
+        config.callbacks = [*config.callbacks, *callbacks]
+    run = AutoRound(
         recipe.model if model is None else model,
         scheme=recipe.scheme,
-        alg_configs=recipe.algorithm_config() if config is None else config,
+        alg_configs=config,
         **arguments,
     )
+    if not isinstance(config, VSRAQConfig):
+        watch_plain_run(run, callbacks)
+    return run
 
 
 def mask_path(recipe: Recipe) -> Path:
@@ -146,7 +161,9 @@ def _reusable_mask(
     return path
 
 
-def run(recipe: Recipe, *, progress: bool = False) -> list[Path]:
+def run(
+    recipe: Recipe, *, progress: bool = False, callbacks: Sequence[Callback] = ()
+) -> list[Path]:
     """Quantize, export, and write the resolved recipe beside each export.
 
     A mask that `select_tokens` has written for this recipe is used. A bit plan is made
@@ -155,6 +172,7 @@ def run(recipe: Recipe, *, progress: bool = False) -> list[Path]:
     Args:
         recipe: The recipe.
         progress: Whether a bit plan shows progress bars.
+        callbacks: Hear of the run, besides those that the recipe names.
 
     Returns:
         The folders of the exports, one per format.
@@ -163,16 +181,19 @@ def run(recipe: Recipe, *, progress: bool = False) -> list[Path]:
         ValueError: That mask was made for other calibration tokens, or the bit plan for
             another model or other settings.
     """
+    started = time.monotonic()
     plan = bit_plan(recipe, progress=progress)
+    planning = time.monotonic() - started if recipe.bit_settings else None
     config = recipe.algorithm_config()
     mask = _reusable_mask(recipe, config, plan)
     if mask is not None:
         config.token_mask, config.token_selection = mask, True
-    autoround = build(recipe, config=config, plan=plan)
+    autoround = build(recipe, config=config, plan=plan, callbacks=callbacks)
     _, folders = autoround.quantize_and_save(recipe.output, format=recipe.format)
     paths = [Path(f) for f in ([folders] if isinstance(folders, str) else folders)]
     for path in paths:
         write_resolved(recipe, path, plan)
+        add_recipe(path, recipe.model, recipe.scheme, recipe.resolved(), planning)
     return paths
 
 

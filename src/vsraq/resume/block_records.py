@@ -8,8 +8,9 @@ those, one file per block.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save
@@ -29,11 +30,13 @@ class BlockRecord:
         routers: Re-fitted weights by their names in the model, (E, H).
         counts: By router, named counts of tokens, each (E,) of integers.
         shards: Files of the output folder before the block's own were written.
+        entry: What `vsraq_run.json` says of the block.
     """
 
     routers: Mapping[str, Tensor]
     counts: Mapping[str, Mapping[str, Tensor]]
     shards: Sequence[str]
+    entry: Mapping[str, Any] = field(default_factory=dict)
 
 
 class BlockRecords:
@@ -61,7 +64,8 @@ class BlockRecords:
         contiguous = {
             name: t.detach().cpu().contiguous() for name, t in tensors.items()
         }
-        content = save(contiguous, {"shards": json.dumps(list(record.shards))})
+        texts = {"shards": list(record.shards), "entry": dict(record.entry)}
+        content = save(contiguous, {k: json.dumps(text) for k, text in texts.items()})
         self._folder.mkdir(parents=True, exist_ok=True)
         write_whole(self._path(block), content)
 
@@ -73,7 +77,7 @@ class BlockRecords:
         routers: dict[str, Tensor] = {}
         counts: dict[str, dict[str, Tensor]] = {}
         with safe_open(path, "pt") as file:
-            shards = json.loads(file.metadata()["shards"])
+            texts = {k: json.loads(text) for k, text in file.metadata().items()}
             for key in file.keys():
                 section, _, name = key.partition("/")
                 if section == _ROUTER:
@@ -81,7 +85,7 @@ class BlockRecords:
                 else:
                     kind, _, router = name.partition("/")
                     counts.setdefault(router, {})[kind] = file.get_tensor(key)
-        return BlockRecord(routers, counts, shards)
+        return BlockRecord(routers, counts, **texts)
 
     def clear(self) -> None:
         """Remove all records."""

@@ -21,6 +21,7 @@ import re
 import secrets
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from vsraq.whole_file import write_whole
 
 logger = logging.getLogger("autoround.vsraq")
 
-_RUN = "vsraq_run.json"
+_RUN = "vsraq_resume.json"
 _MARKER = ".vsraq_unfinished.json"
 _GROUP = "group_0"  # AutoRound's name for the first stack of blocks
 _MANIFEST = "resume_manifest.json"
@@ -122,9 +123,7 @@ class ResumableRun:
             record: What to keep of it; its shards are filled in.
         """
         shards = [path.name for path in _unfinished_shards(self._output)]
-        self._records.write(
-            self._blocks[index], BlockRecord(record.routers, record.counts, shards)
-        )
+        self._records.write(self._blocks[index], replace(record, shards=shards))
         for name in _CHAIN:
             path = self._group / name
             if path.exists():
