@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 from vsraq import __version__
@@ -41,6 +42,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     with_debug = [parser, *_add_commands(commands)]
+    for name in ("demo", "quantize"):
+        commands.choices[name].add_argument(
+            "--verbose", action="store_true", help="show the log instead of one line"
+        )
     for command in with_debug:
         command.add_argument(
             "--debug",
@@ -60,7 +65,7 @@ def _add_commands(commands: Any) -> list[argparse.ArgumentParser]:
         "--output", type=Path, help="keep the exports in this folder (default: delete)"
     )
     demo.add_argument(
-        "--iters", type=_positive, help="tuning iterations per block (default: 50)"
+        "--iters", type=_positive, help="tuning iterations per block (default: 30)"
     )
 
     quantize = commands.add_parser("quantize", help="run a recipe")
@@ -175,7 +180,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug:
             traceback.print_exc()
         status, message = _explain(error)
-        print(f"vsraq: error: {message}", file=sys.stderr)
+        notes = getattr(error, "__notes__", ())
+        print(f"vsraq: error: {message}", *notes, sep="\n", file=sys.stderr)
         return status
 
 
@@ -216,31 +222,43 @@ def _explain(error: BaseException) -> tuple[int, str]:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    from vsraq.console import run_console
     from vsraq.demo.run import ITERS, run_demo
 
     iters = ITERS if arguments.iters is None else arguments.iters
-    print(run_demo(arguments.output, iters=iters))
+    log = _demo_log(arguments.output)
+    with run_console(log, verbose=arguments.verbose) as console:
+        console.say(run_demo(arguments.output, iters=iters, console=console))
     return 0
+
+
+def _demo_log(output: Path | None) -> Path:
+    if output is not None:
+        return output / "vsraq_demo.log"
+    # the exports are deleted, the log stays
+    with NamedTemporaryFile(prefix="vsraq-demo-", suffix=".log", delete=False) as file:
+        return Path(file.name)
 
 
 def _quantize(arguments: argparse.Namespace) -> int:
     from vsraq.checkpoint import verify
+    from vsraq.console import run_console
     from vsraq.recipe import check, load_recipe, run
 
     recipe = load_recipe(arguments.config, arguments.overrides)
     print(f"checked: {check(recipe)}")
     if arguments.check_only:
         return 0
-    for path in run(recipe, progress=sys.stderr.isatty()):
-        print(f"exported to {path}")
-        remote = bool(recipe.runtime.get("trust_remote_code", False))
-        found = verify(
-            path,
-            recipe.model,
-            trust_remote_code=remote,
-            progress=sys.stderr.isatty(),
-        )
-        print(f"verified: {found}")
+    log = Path(recipe.output) / "vsraq_quantize.log"
+    bars = not arguments.verbose or sys.stderr.isatty()
+    with run_console(log, verbose=arguments.verbose) as console:
+        console.phase(recipe.scheme)
+        for path in run(recipe, progress=bars, callbacks=console.callbacks):
+            console.say(f"exported to {path}")
+            console.phase("verifying")
+            remote = bool(recipe.runtime.get("trust_remote_code", False))
+            found = verify(path, recipe.model, trust_remote_code=remote, progress=bars)
+            console.say(f"verified: {found}")
     return 0
 
 
