@@ -6,6 +6,7 @@ import torch
 from transformers import SolarOpenForCausalLM
 
 from vsraq.analysis import closeness
+from vsraq.cli import main
 from vsraq.demo import model_path, run
 from vsraq.demo.text import documents, split_of
 
@@ -87,30 +88,52 @@ def test_sorting_logits_is_not_selecting_experts():
     assert differ > 0
 
 
-def test_the_demo_runs_end_to_end(full, monkeypatch, tmp_path):
-    methods = run.METHODS if full else {}
-    monkeypatch.setattr(run, "METHODS", methods)
-    monkeypatch.setattr(run, "PLAN_TOKENS", 4096 if full else 256)
+def test_the_demo_runs_end_to_end(full, monkeypatch, tmp_path, capsys):
+    wanted = run.ROWS if full else (("W4A16", "default + plan"), ("NVFP4", "AutoRound"))
+    assert set(wanted) <= set(run.ROWS)
+    monkeypatch.setattr(run, "ROWS", wanted)
+    plan = run.PLANS["default + plan"]
+    monkeypatch.setitem(plan, "tokens", 2048 if full else 256)
     monkeypatch.setattr(run, "HELDOUT_WINDOWS", 8)
     # with 8, NVFP4 rounds all inputs of an expert to 0, and its gradient is NaN
     monkeypatch.setattr(run, "CALIBRATION_SAMPLES", 16)
-    table = run.run_demo(tmp_path / "exports", iters=1).splitlines()
+    output = tmp_path / "exports"
+    assert main(["demo", "--output", str(output), "--iters", "1"]) == 0
+    said = capsys.readouterr()
+    log, *table = said.out.splitlines()
+    assert log == f"log: {output / 'vsraq_demo.log'}"
     assert table[0].split() == (
         "scheme method ppl KL Jaccard L0 L1 L2 L3 L4 L5 seconds MiB".split()
     )
     rows = [line.replace("default + plan", "planned").split() for line in table[2:]]
     assert rows[0][:2] == ["bfloat16", "none"]
-    assert [row[:2] for row in rows[1:]] == [
-        [scheme, method]
-        for scheme in ("W4A16", "NVFP4")
-        for method in (*methods, "planned")
+    names = [
+        (scheme, name.replace("default + plan", "planned")) for scheme, name in wanted
     ]
+    assert [tuple(row[:2]) for row in rows[1:]] == names
     reference = float(rows[0][2])
     for row in rows[1:]:
         assert abs(float(row[2]) / reference - 1) < 0.1
         assert 0 < float(row[3]) < 0.2
         assert all(0.7 < float(cell) < 1 for cell in row[4:11])
-    saved = {p.name for p in (tmp_path / "exports").iterdir()}
-    folders = {f"{r[0]}-{r[1]}" for r in rows[1:]}
-    assert saved == {name.replace("planned", "default+plan") for name in folders}
+    folders = {f"{s}-{m}".replace("planned", "default+plan") for s, m in names}
+    saved = {path.name for path in output.iterdir() if path.is_dir()}
+    assert saved == folders
+    assert all(list((output / folder).rglob("vsraq_run.json")) for folder in folders)
     assert re.fullmatch(r"\d+\.\d\d", rows[1][-1])
+    shown = said.err.splitlines()
+    assert shown[0] == "reading text"
+    for number, (scheme, name) in enumerate(wanted, 1):
+        title = f"{number}/{len(wanted)} {scheme} {name}"
+        (line,) = [li for li in shown if li.startswith(f"{title}: block 6/6, ")]
+        assert re.search(r"reconstruction \d\.\d\de-\d\d", line)
+        assert f"{title}: comparing" in shown
+
+
+def test_the_rows_of_the_demo():
+    """Each scheme with plain AutoRound, and nothing that is not shown."""
+    schemes = {scheme for scheme, _name in run.ROWS}
+    assert schemes == run.FORMATS.keys()
+    assert all((scheme, "AutoRound") in run.ROWS for scheme in schemes)
+    assert {name for _scheme, name in run.ROWS} == run.METHODS.keys()
+    assert run.PLANS.keys() <= run.METHODS.keys()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantize the embedded MoE with AutoRound, VSRAQ, our default and a bit plan.
+"""Quantize the embedded MoE with AutoRound, our default and a bit plan.
 
 Every quantized row of the table comes from an export that was written, verified tensor
 by tensor against the tuned model, and loaded again. Models are evaluated in float32.
@@ -8,7 +8,7 @@ by tensor against the tuned model, and loaded again. Models are evaluated in flo
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,34 +19,39 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from vsraq.analysis import Closeness, closeness
+from vsraq.callbacks import Callback
 from vsraq.checkpoint import Checkpoint, load_model, verify
+from vsraq.console import RunConsole
 from vsraq.demo import model_path
 from vsraq.demo.text import Split, documents
 from vsraq.recipe import Calibration, Method, Recipe, bit_plan, build, plan_path
 
-ITERS = 50
+ITERS = 30
 SEQLEN = 256
 CALIBRATION_SAMPLES = 32
 HELDOUT_WINDOWS = 64
 BATCH = 8
+HELDOUT_BATCH = 32  # an export's layers are dequantized once per batch
 # An expert's down_proj reads 32 features. A group of 128 then is that one group of 32,
 # but loaders take the number literally.
 GROUPS = {"down_proj": {"group_size": 32}}
-SCHEMES = {"W4A16": "auto_round", "NVFP4": "auto_round,llm_compressor"}
+FORMATS = {"W4A16": "auto_round", "NVFP4": "auto_round,llm_compressor"}
 METHODS: dict[str, tuple[Method, dict[str, object]]] = {
     "AutoRound": ("auto_round", {}),
-    # the paper's objective, with one of the two weights of the paper
-    "VSRAQ-paper": ("vsraq", {"objective": "vsraq", "router_weight": 0.1}),
     "default": ("vsraq", {}),
+    "default + plan": ("vsraq", {}),
 }
-PLANNED = "default + plan"
-PLAN_TOKENS = 4096
-# W4A16: some layers get more bits than 4 and some fewer, and the export stays as large.
-# NVFP4: some layers stay in 16 bits, for 4 % more bytes.
+# some layers get more bits than 4 and some fewer, and the export stays as large
 PLANS: dict[str, dict[str, Any]] = {
-    "W4A16": {"budget": "0%", "engine": "none"},
-    "NVFP4": {"budget": "4%", "engine": "none", "options": ["BF16"]},
+    "default + plan": {"budget": "0%", "engine": "none", "tokens": 2048}
 }
+ROWS = (
+    ("W4A16", "AutoRound"),
+    ("W4A16", "default"),
+    ("W4A16", "default + plan"),
+    ("NVFP4", "AutoRound"),
+    ("NVFP4", "default"),
+)
 
 
 @dataclass(frozen=True)
@@ -118,12 +123,18 @@ def token_windows(
     return windows[torch.linspace(0, len(windows) - 1, count).long()]
 
 
-def run_demo(output: Path | None = None, *, iters: int = ITERS) -> str:
+def run_demo(
+    output: Path | None = None,
+    *,
+    iters: int = ITERS,
+    console: RunConsole | None = None,
+) -> str:
     """Run everything and format the table.
 
     Args:
         output: Folder to keep the exports in; None drops them.
         iters: Tuning iterations per block.
+        console: Shows how far it is; None shows nothing.
 
     Returns:
         The table as text.
@@ -131,9 +142,11 @@ def run_demo(output: Path | None = None, *, iters: int = ITERS) -> str:
     Raises:
         CheckpointError: An export is faulty.
     """
+    console = RunConsole() if console is None else console
+    console.phase("reading text")
     tokenizer = load_tokenizer()
     calibration = token_windows(tokenizer, "calibration", CALIBRATION_SAMPLES)
-    heldout = token_windows(tokenizer, "heldout", HELDOUT_WINDOWS).split(BATCH)
+    heldout = token_windows(tokenizer, "heldout", HELDOUT_WINDOWS).split(HELDOUT_BATCH)
     fp_model = load_demo_model()
     rows = [
         Row(
@@ -145,8 +158,12 @@ def run_demo(output: Path | None = None, *, iters: int = ITERS) -> str:
         )
     ]
     with _folder(output) as folder:
-        for scheme, name, recipe in recipes(folder, iters):
-            path, seconds = _export(recipe, tokenizer, calibration)
+        planned = list(recipes(folder, iters))
+        for number, (scheme, name, recipe) in enumerate(planned, 1):
+            title = f"{number}/{len(planned)} {scheme} {name}"
+            console.phase(title)
+            path, seconds = _export(recipe, tokenizer, calibration, console.callbacks)
+            console.phase(f"{title}: comparing")
             comparison = closeness(load_demo_model(path), fp_model, heldout)
             rows.append(Row(scheme, name, comparison, seconds, _size(path)))
     return format_table(rows)
@@ -159,36 +176,35 @@ def recipes(folder: Path, iters: int) -> Iterator[tuple[str, str, Recipe]]:
         folder: Where the exports go.
         iters: Tuning iterations per block.
     """
-    for scheme, formats in SCHEMES.items():
-        for name in (*METHODS, PLANNED):
-            method, options = METHODS.get(name, ("vsraq", {}))
-            plan = PLANS[scheme] | {"tokens": PLAN_TOKENS}
-            yield (
-                scheme,
-                name,
-                Recipe(
-                    model=str(model_path()),
-                    scheme=scheme,
-                    output=str(folder / f"{scheme}-{name.replace(' ', '')}"),
-                    format=formats,
-                    method=method,
-                    algorithm={"iters": iters, **options},
-                    calibration=Calibration(
-                        nsamples=CALIBRATION_SAMPLES,
-                        seqlen=SEQLEN,
-                        batch_size=BATCH,
-                    ),
-                    runtime={
-                        "enable_torch_compile": False,  # would need a C++ compiler
-                        **({"layer_config": GROUPS} if scheme == "W4A16" else {}),
-                    },
-                    bits=plan if name == PLANNED else None,
+    for scheme, name in ROWS:
+        method, options = METHODS[name]
+        yield (
+            scheme,
+            name,
+            Recipe(
+                model=str(model_path()),
+                scheme=scheme,
+                output=str(folder / f"{scheme}-{name.replace(' ', '')}"),
+                format=FORMATS[scheme],
+                method=method,
+                algorithm={"iters": iters, **options},
+                calibration=Calibration(
+                    nsamples=CALIBRATION_SAMPLES, seqlen=SEQLEN, batch_size=BATCH
                 ),
-            )
+                runtime={
+                    "enable_torch_compile": False,  # would need a C++ compiler
+                    **({"layer_config": GROUPS} if scheme == "W4A16" else {}),
+                },
+                bits=PLANS.get(name),
+            ),
+        )
 
 
 def tune(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, calibration: Tensor
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Tensor,
+    callbacks: Sequence[Callback] = (),
 ) -> tuple[Any, nn.Module, float]:
     """Quantize a recipe's model on token ids.
 
@@ -196,6 +212,7 @@ def tune(
         recipe: Its data set is not read.
         tokenizer: The model's tokenizer.
         calibration: Token ids, (samples, seqlen).
+        callbacks: Hear of the run.
 
     Returns:
         AutoRound's run, the tuned model, and the wall time of `quantize()` in seconds,
@@ -206,18 +223,22 @@ def tune(
         "dataset": list(calibration.split(1)),
         "device_map": "cpu",
     }
-    plan = bit_plan(recipe, load_model(recipe.model), **given)
-    run = build(recipe, model=load_model(recipe.model), plan=plan, **given)
+    plan = bit_plan(recipe, load_model(recipe.model), progress=True, **given)
+    model = load_model(recipe.model)
+    run = build(recipe, model=model, plan=plan, callbacks=callbacks, **given)
     started = time.monotonic()
     tuned, _ = run.quantize()
     return run, tuned, time.monotonic() - started
 
 
 def _export(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, calibration: Tensor
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Tensor,
+    callbacks: Sequence[Callback],
 ) -> tuple[Path, float]:
     """Tune, export and verify; return the export to load and the tuning time."""
-    run, tuned, seconds = tune(recipe, tokenizer, calibration)
+    run, tuned, seconds = tune(recipe, tokenizer, calibration, callbacks)
     _, saved = run.save_quantized(
         recipe.output, format=recipe.format, inplace=False, return_folders=True
     )
