@@ -21,6 +21,7 @@ from auto_round.algorithms.registry import (
 from auto_round.autoround import _normalize_alg_configs
 from auto_round.calibration.inputs import preprocess_block_inputs
 from auto_round.calibration.utils import _update_inputs
+from auto_round.compressors.base import BaseOrchestrator
 from auto_round.compressors.orchestrator import CompressionOrchestrator
 from auto_round.compressors.utils import block_forward
 from auto_round.data_type.utils import update_block_global_scale_if_needed
@@ -110,6 +111,18 @@ def test_the_runner_and_the_calibration_of_a_run_can_be_wrapped():
     assert "block_forward_fn = self.block_forward" in bound
     source = inspect.getsource(CompressionOrchestrator._quantize_data_driven)
     assert "self.cache_data(" in source
+    source = inspect.getsource(CompressionOrchestrator.quantize)
+    assert "return self._quantize_data_driven()" in source
+    assert "self.orig_scheme = " in inspect.getsource(BaseOrchestrator.resolve_scheme)
+
+
+def test_blocks_are_given_to_a_quantizer_by_position():
+    """`watch_plain_run` takes the sixth argument for the block's context."""
+    step = inspect.getsource(composer.AlgorithmComposer.compress_block)
+    call = step.partition("self.block_quantizer.quantize_block(")[2]
+    given = [argument.strip() for argument in call.split(",")][:6]
+    assert given[0] == "block"
+    assert given[5] == "block_ctx"
 
 
 def test_the_run_context_has_what_we_read():

@@ -73,6 +73,14 @@ def test_every_key_is_documented():
     assert block == list(BlockEntry.model_fields)
 
 
+def test_the_example_of_the_docs_runs():
+    text = (ROOT / "docs" / "run_record.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+    namespace = {}
+    exec(compile(code, "run_record.md", "exec"), namespace)
+    assert namespace["config"].callbacks
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from auto_round.algorithms.quantization.sign_round.quantizer import SignRoundQuantizer
+
 from vsraq.autoround.resumable import block_count, model_and_scheme
 from vsraq.callbacks import Callback
 from vsraq.realignment.exported_routers import around_saving
@@ -34,9 +36,10 @@ def watch_plain_run(orchestrator: Any, callbacks: Sequence[Callback] = ()) -> No
     @contextmanager
     def tuning() -> Iterator[None]:
         quantizer = orchestrator.alg_composer.block_quantizer
-        _watch_blocks(quantizer, recorder)
-        blocks = block_count(orchestrator)
-        recorder.start(*model_and_scheme(orchestrator), blocks, quantizer.iters)
+        if isinstance(quantizer, SignRoundQuantizer):  # not rounding to nearest
+            _watch_blocks(quantizer, recorder)
+            blocks = block_count(orchestrator)
+            recorder.start(*model_and_scheme(orchestrator), blocks, quantizer.iters)
         yield
 
     def save(folders: list[Path]) -> None:

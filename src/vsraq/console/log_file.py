@@ -125,8 +125,9 @@ def logged_to(path: Path, on_bar: Callable[[str], None]) -> Iterator[LogStream]:
                 yield stream
             except BaseException as error:
                 stream.finish()
-                error.add_note(_note(path, stream))
+                note = _note(path, stream)  # its last lines, not those of the traceback
                 traceback.print_exc(file=stream)
+                error.add_note(note)
                 raise
 
 
@@ -161,4 +162,5 @@ def _stream_handlers() -> list["logging.StreamHandler[TextIO]"]:
         handler
         for handler in dict.fromkeys(handlers)
         if isinstance(handler, logging.StreamHandler)
+        and "stream" in vars(handler)  # some follow sys.stderr by themselves
     ]
