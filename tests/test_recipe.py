@@ -22,7 +22,12 @@ MINIMAL = {"model": "some/model", "scheme": "W4A16", "output": "out"}
 SOLAR = Alignment(0.01, objective="vsraq")
 NEMOTRON = Alignment(0.1, "auto", True, objective="vsraq")
 SRA = Alignment("auto", 0.0, True, objective="sra", token_selection=True)
+DEFAULT = VSRAQConfig().alignment
 SETTINGS = {
+    "deepseek_v3_w4a16": (VSRAQConfig(rank_by="selection").alignment, 128, 2048),
+    "gpt_oss_20b_mxfp8": (DEFAULT, 128, 2048),
+    "olmoe_1b_7b_w4a16": (DEFAULT, 128, 2048),
+    "qwen3_30b_a3b_w4a16": (DEFAULT, 128, 2048),
     "solar_open_100b_w4a16": (SOLAR, 512, 2048),
     "solar_open_100b_nvfp4": (SOLAR, 512, 2048),
     "nemotron_3_nano_30b_nvfp4": (NEMOTRON, 512, 1024),

@@ -76,19 +76,12 @@ def _add_commands(commands: Any) -> list[argparse.ArgumentParser]:
         "plan", help="choose the bits of a recipe's layers without tuning"
     )
     _add_plan_options(plan)
-    for command in (quantize, select, plan):
-        command.add_argument("config", type=Path, help="a YAML file, see configs/")
-        command.add_argument(
-            "overrides",
-            nargs="*",
-            metavar="key=value",
-            help="such as algorithm.router_weight=0.1",
-        )
-        command.add_argument(
-            "--check-only",
-            action="store_true",
-            help="check the recipe, the model, the disk and the samples, and stop",
-        )
+    estimate = commands.add_parser(
+        "estimate", help="memory, disk and time of a recipe, from the model's config"
+    )
+    _add_throughput(estimate)
+    for command in (quantize, select, plan, estimate):
+        _add_recipe(command, runs=command is not estimate)
 
     verify = commands.add_parser("verify", help="check an export tensor by tensor")
     verify.add_argument("path", type=Path, help="folder of the export")
@@ -105,7 +98,45 @@ def _add_commands(commands: Any) -> list[argparse.ArgumentParser]:
     compare = add_compare(commands)
     report = add_report(commands)
     families = commands.add_parser("families", help="what works for each MoE family")
-    return [demo, plan, quantize, select, verify, compare, report, families]
+    return [
+        *(demo, plan, quantize, select, estimate),
+        *(verify, compare, report, families),
+    ]
+
+
+def _add_recipe(command: argparse.ArgumentParser, *, runs: bool) -> None:
+    """Add a recipe's file and overrides, and how not to run it."""
+    command.add_argument("config", type=Path, help="a YAML file, see configs/")
+    command.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="such as algorithm.router_weight=0.1",
+    )
+    if runs:
+        command.add_argument(
+            "--dry-run",
+            "--check-only",  # its first name
+            action="store_true",
+            help="check the recipe, the model's config, the disk and the samples, "
+            "print the plan of the run, load no weight, and stop",
+        )
+
+
+def _add_throughput(estimate: argparse.ArgumentParser) -> None:
+    """Add what the time of `vsraq estimate` supposes of the device."""
+    estimate.add_argument(
+        "--operations",
+        type=float,
+        metavar="PER_SECOND",
+        help="what the device reaches in matrix products (default: 1e14)",
+    )
+    estimate.add_argument(
+        "--bandwidth",
+        type=float,
+        metavar="BYTES_PER_SECOND",
+        help="what its memory reaches (default: 4.8e11)",
+    )
 
 
 def _add_plan_options(plan: argparse.ArgumentParser) -> None:
@@ -169,6 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "plan": _plan,
         "quantize": _quantize,
         "select-tokens": _select_tokens,
+        "estimate": _estimate,
         "verify": _verify,
         "compare": run_compare,
         "report": run_report,
@@ -243,11 +275,10 @@ def _demo_log(output: Path | None) -> Path:
 def _quantize(arguments: argparse.Namespace) -> int:
     from vsraq.checkpoint import verify
     from vsraq.console import run_console
-    from vsraq.recipe import check, load_recipe, run
+    from vsraq.recipe import load_recipe, run
 
     recipe = load_recipe(arguments.config, arguments.overrides)
-    print(f"checked: {check(recipe)}")
-    if arguments.check_only:
+    if not _check(recipe, arguments):
         return 0
     log = Path(recipe.output) / "vsraq_quantize.log"
     bars = not arguments.verbose or sys.stderr.isatty()
@@ -262,11 +293,22 @@ def _quantize(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check(recipe: Any, arguments: argparse.Namespace) -> bool:
+    """Check a recipe, say so, and return whether the run is to begin."""
+    from vsraq.recipe import check, describe_run, inspect
+
+    found = inspect(recipe)
+    print(f"checked: {check(recipe, found)}")
+    if arguments.dry_run:
+        print(describe_run(found))
+    return not arguments.dry_run
+
+
 def _plan(arguments: argparse.Namespace) -> int:
     from importlib.util import find_spec
 
     from vsraq.bits.figure import check_figure
-    from vsraq.recipe import check, check_file, load_recipe, make_plan, with_bits
+    from vsraq.recipe import check_file, load_recipe, make_plan, with_bits
 
     figure = arguments.figure
     if figure is not None:
@@ -284,8 +326,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         load_recipe(arguments.config, arguments.overrides),
         {n: v for n, v in given.items() if v is not None},
     )
-    print(f"checked: {check(recipe)}")
-    if arguments.check_only:
+    if not _check(recipe, arguments):
         return 0
     plan = make_plan(recipe, progress=sys.stderr.isatty())
     print(plan)
@@ -299,7 +340,6 @@ def _plan(arguments: argparse.Namespace) -> int:
 
 def _select_tokens(arguments: argparse.Namespace) -> int:
     from vsraq.recipe import (
-        check,
         load_recipe,
         mask_path,
         refuse_without_token_selection,
@@ -308,11 +348,25 @@ def _select_tokens(arguments: argparse.Namespace) -> int:
 
     recipe = load_recipe(arguments.config, arguments.overrides)
     refuse_without_token_selection(recipe)
-    print(f"checked: {check(recipe)}")
-    if arguments.check_only:
+    if not _check(recipe, arguments):
         return 0
     print(select_tokens(recipe))
     print(f"written to {mask_path(recipe)}")
+    return 0
+
+
+def _estimate(arguments: argparse.Namespace) -> int:
+    from vsraq.recipe import estimate, inspect, load_recipe
+
+    given = {
+        "operations_per_second": arguments.operations,
+        "bytes_per_second": arguments.bandwidth,
+    }
+    for name, value in given.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name}={value}: allowed is a finite number > 0")
+    found = inspect(load_recipe(arguments.config, arguments.overrides))
+    print(estimate(found, **{n: v for n, v in given.items() if v is not None}))
     return 0
 
 

@@ -2,6 +2,9 @@
 """Recipes: one YAML file, one reproducible run."""
 
 from vsraq.recipe.bits import bit_plan, make_plan, plan_path, with_bits
+from vsraq.recipe.dry_run import describe_run
+from vsraq.recipe.estimate import RunEstimate, estimate
+from vsraq.recipe.inspect import Inspected, inspect
 from vsraq.recipe.keys import Method
 from vsraq.recipe.preflight import Estimate, check, check_file
 from vsraq.recipe.recipe import Calibration, Recipe, load_recipe, parse_recipe
@@ -17,12 +20,17 @@ from vsraq.recipe.run import (
 __all__ = [
     "Calibration",
     "Estimate",
+    "Inspected",
     "Method",
     "Recipe",
+    "RunEstimate",
     "bit_plan",
     "build",
     "check",
     "check_file",
+    "describe_run",
+    "estimate",
+    "inspect",
     "load_recipe",
     "make_plan",
     "mask_path",

@@ -66,7 +66,7 @@ def check_bit_plan(recipe: Recipe, config: Any) -> BitPlan | None:
         _check_scheme(recipe, plan)
         run_layer_config(recipe, plan)
         return plan
-    _options(recipe)
+    plan_choices(recipe)
     tied = getattr(config.get_text_config(), "tie_word_embeddings", False)
     if recipe.bit_settings["lm_head"] and tied:
         raise ValueError(
@@ -150,7 +150,7 @@ def make_plan(
         recipe.model if model is None else model,
         dataset,
         recipe.scheme,
-        options=_options(recipe),
+        options=plan_choices(recipe),
         budget=settings["budget"],
         active_budget=settings.get("active_budget"),
         metric=settings["metric"],
@@ -260,7 +260,7 @@ def _engine_name(recipe: Recipe) -> str | None:
     return None if name == "none" else str(name)
 
 
-def _options(recipe: Recipe) -> list[str]:
+def plan_choices(recipe: Recipe) -> list[str]:
     """Return the schemes to choose from: what the engine loads of all formats.
 
     Raises:

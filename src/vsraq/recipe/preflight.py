@@ -5,24 +5,19 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from auto_round.calib_dataset import CALIB_DATASETS
-from auto_round.scheme_entry import preview_resolved_attrs
-from torch import nn
 from transformers import AutoTokenizer
 
 from vsraq.autoround.config import VSRAQConfig
-from vsraq.bits import BitPlan
 from vsraq.calibration import Part, draw, parse_names
-from vsraq.recipe.bits import check_bit_plan
 from vsraq.recipe.callbacks import make_callbacks
-from vsraq.recipe.model import model_config, skeleton
+from vsraq.recipe.inspect import Inspected, inspect
 from vsraq.recipe.recipe import Recipe
-from vsraq.routers import find_routers
 from vsraq.strict import did_you_mean
 from vsraq.tokens import TokenMask
 
@@ -60,11 +55,12 @@ class Estimate:
         )
 
 
-def check(recipe: Recipe) -> Estimate:
+def check(recipe: Recipe, found: Inspected | None = None) -> Estimate:
     """Check everything that a recipe needs, without loading a weight.
 
     Args:
         recipe: A valid recipe.
+        found: What `inspect` returned for it, if it was called before.
 
     Returns:
         What the run would do.
@@ -81,26 +77,14 @@ def check(recipe: Recipe) -> Estimate:
     folder = _writable(recipe.output, "output")
     if isinstance(config, VSRAQConfig) and isinstance(config.token_mask, str | Path):
         TokenMask.load(config.token_mask)
-    found = model_config(recipe)
-    model = skeleton(found, recipe)
-    pattern = config.router_pattern if isinstance(config, VSRAQConfig) else None
-    routers = find_routers(model, router_pattern=pattern)
-    aligned = isinstance(config, VSRAQConfig) and config.alignment
-    if not routers and (aligned or recipe.bits is not None):
-        raise ValueError(
-            f"model={recipe.model!r}: a {found.model_type} has no MoE router; "
-            "allowed are mixture-of-experts models, or method: auto_round without bits"
-        )
-    plan = check_bit_plan(recipe, found)
-    scheme = preview_resolved_attrs(config, recipe.scheme)
+    found = inspect(recipe) if found is None else found
     resume_dir = os.environ.get("AR_RESUME_DIR")
     estimate = Estimate(
-        model_type=found.model_type,
-        routers=len(routers),
-        parameters=sum(p.numel() for p in model.parameters()),
-        export_bytes=_planned_bytes(recipe, plan, export_bytes(model, scheme))
-        * len(recipe.formats),
-        resume_bytes=_resume_bytes(found, recipe) if resume_dir else 0,
+        model_type=found.config.model_type,
+        routers=len(found.routers),
+        parameters=found.parameters,
+        export_bytes=found.export_bytes,
+        resume_bytes=resume_bytes(found) if resume_dir else 0,
         free_bytes=shutil.disk_usage(folder).free,
     )
     _check_room(estimate, folder, resume_dir)
@@ -108,45 +92,14 @@ def check(recipe: Recipe) -> Estimate:
     return estimate
 
 
-def export_bytes(model: nn.Module, scheme: Mapping[str, Any]) -> int:
-    """Estimate the size of an export.
-
-    Matrices and stacks of matrices (experts) have `bits` per weight and 16 bits per
-    group; embeddings, the head and everything else have 16 bits.
+def resume_bytes(found: Inspected) -> int:
+    """Estimate what AutoRound keeps to resume: both streams of hidden states.
 
     Args:
-        model: The model, on meta.
-        scheme: `bits` and `group_size`.
-
-    Returns:
-        Bytes.
+        found: The recipe and its model.
     """
-    per_weight = min(scheme["bits"], 16) / 8
-    group = scheme["group_size"]
-    if scheme["bits"] < 16 and isinstance(group, int) and group > 0:
-        per_weight += 2 / group
-    names = {n for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
-    total = 0.0
-    for name, parameter in model.named_parameters():  # tied ones once
-        whole = parameter.ndim < 2 or name.rpartition(".")[0] in names | {"lm_head"}
-        total += parameter.numel() * (2 if whole else per_weight)
-    return int(total)
-
-
-def _planned_bytes(recipe: Recipe, plan: BitPlan | None, uniform: int) -> int:
-    """Return the bytes of an export: the plan's, or what its budget allows."""
-    if plan is not None:
-        return plan.bytes
-    budget = recipe.bit_settings.get("budget", 0)
-    if isinstance(budget, str):
-        return int(uniform * (1 + float(budget.removesuffix("%")) / 100))
-    return uniform + int(budget)
-
-
-def _resume_bytes(config: Any, recipe: Recipe) -> int:
-    """Estimate what AutoRound keeps: both streams of hidden states in 16 bits."""
-    hidden = config.get_text_config().hidden_size
-    return 2 * 2 * recipe.calibration.nsamples * recipe.calibration.seqlen * hidden
+    calibration = found.recipe.calibration
+    return 2 * 2 * calibration.nsamples * calibration.seqlen * found.hidden
 
 
 def check_file(path: Path, name: str) -> None:

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers that a recipe quantizes, read off its model on meta."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from auto_round.scheme_entry import preview_resolved_attrs
+from torch import nn
+
+from vsraq.autoround.planning import scheme_fields
+from vsraq.bits.sizes import layer_bytes
+from vsraq.blocks import decoder_blocks
+from vsraq.checkpoint.planned import to_pattern
+from vsraq.recipe.recipe import Recipe
+from vsraq.routers import Router, expert_containers, linear_map
+
+_HALVES = {"gate_up_proj": ("gate_proj", "up_proj")}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer of a block, or one matrix of each expert.
+
+    Attributes:
+        name: Its qualified name; of experts, that of the first one.
+        block: Qualified name of the decoder block that it is in.
+        out_features: Rows.
+        in_features: Columns.
+        copies: How many there are: E for experts, else 1.
+        read: The share of them that one token reads.
+        fields: Its scheme, by AutoRound's names; of 16 bits if it is left out.
+    """
+
+    name: str
+    block: str
+    out_features: int
+    in_features: int
+    copies: int
+    read: float
+    fields: Mapping[str, Any]
+
+    @property
+    def weights(self) -> int:
+        """Weights of all copies."""
+        return self.copies * self.out_features * self.in_features
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it gets fewer than 16 bits."""
+        return int(self.fields["bits"]) < 16
+
+    def stored_bytes(self, export_format: str) -> float:
+        """Return its bytes in an export.
+
+        Args:
+            export_format: AutoRound's name of the export format.
+        """
+        shape = self.out_features, self.in_features
+        if not self.is_quantized:
+            return 2.0 * self.weights
+        try:
+            return float(self.copies * layer_bytes(self.fields, *shape, export_format))
+        except ValueError:  # a scheme whose layout is not known: numbers and scales
+            group = self.fields["group_size"]
+            scales = 2 / group if isinstance(group, int) and group > 0 else 0.0
+            return self.weights * (self.fields["bits"] / 8 + scales)
+
+
+def model_blocks(model: nn.Module, routers: Sequence[Router]) -> tuple[str, ...]:
+    """Return a model's decoder blocks: those of its longest list without routers."""
+    found = decoder_blocks(model, routers)
+    if found:
+        return found
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    if not lists:
+        return ()
+    name = max(lists, key=lambda n: len(lists[n]))
+    return tuple(f"{name}.{child}" for child, _ in lists[name].named_children())
+
+
+def recipe_layers(
+    model: nn.Module, routers: Sequence[Router], recipe: Recipe
+) -> list[Layer]:
+    """Find the linear layers of a model's blocks, and what a recipe gives them.
+
+    Args:
+        model: The recipe's model, on meta.
+        routers: Its routers, which keep full precision.
+        recipe: The recipe; a bit plan is not looked at.
+    """
+    default = dict(preview_resolved_attrs(recipe.algorithm_config(), recipe.scheme))
+    return [
+        Layer(name, block, rows, columns, copies, read, _fields(name, default, recipe))
+        for name, block, rows, columns, copies, read in _matrices(model, routers)
+        # AutoRound leaves such layers, as the gate of a shared expert, as they are
+        if rows % 32 == 0 and columns % 32 == 0
+    ]
+
+
+def _fields(name: str, default: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Return what a recipe says of a layer; `ignore_layers` comes first."""
+    ignored = recipe.runtime.get("ignore_layers", "")
+    if any(part.strip() in name for part in ignored.split(",") if part.strip()):
+        return {**default, "bits": 16}
+    fields = dict(default)
+    for key, entry in recipe.runtime.get("layer_config", {}).items():
+        if name == key or _pattern(key).search(name):
+            said = {"scheme": entry} if isinstance(entry, str) else entry
+            said = {n: v for n, v in said.items() if v is not None}
+            scheme = said.pop("scheme", None)
+            fields |= (dict(scheme_fields(scheme)) if scheme else {}) | said
+    return fields
+
+
+def _pattern(key: str) -> re.Pattern[str]:
+    try:
+        return to_pattern(key)
+    except re.error as error:
+        raise ValueError(
+            f"runtime.layer_config.{key}: no pattern ({error}); allowed is a part of a "
+            "layer's name, or a regular expression"
+        ) from error
+
+
+def _matrices(
+    model: nn.Module, routers: Sequence[Router]
+) -> Iterator[tuple[str, str, int, int, int, float]]:
+    """Yield name, block, rows, columns, copies and read share of every matrix."""
+    kept = {id(linear_map(model.get_submodule(r.name))) for r in routers}
+    containers = expert_containers(model, routers)
+    shares = {r.name.rpartition(".")[0]: r.top_k / r.num_experts for r in routers}
+    for block in model_blocks(model, routers):
+        for inner, module in model.get_submodule(block).named_modules():
+            name = f"{block}.{inner}"
+            container = next(
+                (c for c in containers if name == c or name.startswith(f"{c}.")), None
+            )
+            parent = (container or "").rpartition(".")[0]
+            read = shares.get(parent, 1.0) if container else 1.0
+            if isinstance(module, nn.Linear) and id(module) not in kept:
+                shape = module.out_features, module.in_features
+                yield name, block, *shape, 1, read
+            elif name == container:
+                hidden = model.config.get_text_config().hidden_size  # type: ignore
+                for part, rows, columns, copies in _stacks(module, hidden):
+                    yield f"{name}.0.{part}", block, rows, columns, copies, read
+
+
+def _stacks(experts: nn.Module, hidden: int) -> Iterator[tuple[str, int, int, int]]:
+    """Yield the matrices in a module that holds all experts in stacks, (E, ., .)."""
+    for part, stack in experts.named_parameters(recurse=False):
+        if stack.ndim != 3:
+            continue
+        copies, first, second = stack.shape
+        inner = second if first == hidden else first
+        if "down" in part or part in ("w2", "output_linear"):
+            yield part, hidden, inner, copies
+            continue
+        halves = _HALVES.get(part, (part,))
+        for half in halves:
+            yield half, inner // len(halves), hidden, copies
