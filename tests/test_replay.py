@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import save
 from torch.nn import functional as F
 
 import family_table
@@ -12,8 +13,8 @@ import replayed
 import tiny
 from replayed import BATCHES, SHAPE, check_family, damaged, run, same_routing
 from test_capture import hook_count
-from vsraq import VSRAQConfig, record_routing, replay_routing
-from vsraq.analysis.routing_record import RoutingRecorder
+from vsraq import RoutingRecord, VSRAQConfig, record_routing, replay_routing
+from vsraq.analysis.recording import RoutingRecorder
 from vsraq.checkpoint import load_model
 from vsraq.routers import find_routers
 
@@ -157,6 +158,28 @@ def test_the_size_is_that_of_the_docstring(pair):
     assert routing.nbytes == routing.tokens * per_token + ids
     small = record_routing(model, BATCHES, logits=False)
     assert small.nbytes == routing.tokens * moe_layers * (4 + 2) * k + ids
+
+
+def test_a_saved_record_replays_the_same(pair, tmp_path):
+    model, q_model, routing = pair
+    routing.save(tmp_path / "routing.safetensors")
+    loaded = RoutingRecord.load(tmp_path / "routing.safetensors")
+    assert same_routing(loaded, routing)
+    assert loaded.nbytes == routing.nbytes
+    mask = torch.rand(SHAPE, generator=torch.Generator().manual_seed(3)) < 0.5
+    results = []
+    for record in (routing, loaded):
+        with replay_routing(q_model, record, mask):
+            results.append(run(q_model))
+    assert torch.equal(*results)
+    small = record_routing(model, BATCHES, logits=False)
+    small.save(tmp_path / "small.safetensors")
+    loaded = RoutingRecord.load(tmp_path / "small.safetensors")
+    assert loaded.nbytes == small.nbytes
+    for name, content in (("empty", b""), ("other", save({"x": torch.ones(1)}))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match="not a record of this version"):
+            RoutingRecord.load(tmp_path / name)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 
 from vsraq import __version__
 from vsraq.compare_command import add_compare, run_compare
+from vsraq.replay_command import add_replay, run_replay
 from vsraq.report_command import add_report, run_report
 
 _EXIT_CODES = """exit status:
@@ -95,12 +96,12 @@ def _add_commands(commands: Any) -> list[argparse.ArgumentParser]:
         action="store_true",
         help="run the code that comes with the reference",
     )
-    compare = add_compare(commands)
+    compare, replay = add_compare(commands), add_replay(commands)
     report = add_report(commands)
     families = commands.add_parser("families", help="what works for each MoE family")
     return [
         *(demo, plan, quantize, select, estimate),
-        *(verify, compare, report, families),
+        *(verify, compare, replay, report, families),
     ]
 
 
@@ -203,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "estimate": _estimate,
         "verify": _verify,
         "compare": run_compare,
+        "replay": run_replay,
         "report": run_report,
         "families": _families,
     }[arguments.command]

@@ -32,6 +32,18 @@ def add_compare(commands: Any) -> argparse.ArgumentParser:
         metavar="NAME=PATH",
         help="another export, with a name for tables; several times",
     )
+    add_run_options(compare)
+    add(
+        "--keep-fp-pass",
+        action="store_true",
+        help="leave what the full-precision pass stores in DIR/fp_pass",
+    )
+    return compare
+
+
+def add_run_options(command: argparse.ArgumentParser) -> None:
+    """Add the options that say on what text models are run, and how."""
+    add = command.add_argument
     add(
         "--data",
         required=True,
@@ -47,20 +59,31 @@ def add_compare(commands: Any) -> argparse.ArgumentParser:
     add("--seed", type=int, help="of intervals and sampled tokens (default: 42)")
     add("--jsd-threshold", type=float, help="a high Sampled-JSD, nats (default: 0.1)")
     add("--shift-threshold", type=float, help="a high routing shift (default: 0.1)")
-    add(
-        "--keep-fp-pass",
-        action="store_true",
-        help="leave what the full-precision pass stores in DIR/fp_pass",
-    )
     add("--trust-remote-code", action="store_true", help="run code of the models")
-    return compare
+
+
+def run_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return those of the options that are given, as `compare` takes them."""
+    from vsraq.analysis import Thresholds
+
+    given = {
+        "sampled_jsd": arguments.jsd_threshold,
+        "routing_shift": arguments.shift_threshold,
+    }
+    names = ("seqlen", "sequences", "batch_size", "dtype", "device", "seed")
+    options = {n: getattr(arguments, n) for n in names}
+    return {
+        "thresholds": Thresholds(**{n: v for n, v in given.items() if v is not None}),
+        "trust_remote_code": arguments.trust_remote_code,
+        **{n: v for n, v in options.items() if v is not None},
+    }
 
 
 def run_compare(arguments: argparse.Namespace) -> int:
     """Compare the models, print a table, and return the exit status."""
     import logging
 
-    from vsraq.analysis import Thresholds, compare
+    from vsraq.analysis import compare
 
     methods: dict[str, str] = {}
     if arguments.q_model is not None:
@@ -71,12 +94,6 @@ def run_compare(arguments: argparse.Namespace) -> int:
         methods[name] = path
     if not methods:
         raise ValueError("no quantized model: allowed is QUANTIZED, --method, or both")
-    given = {
-        "sampled_jsd": arguments.jsd_threshold,
-        "routing_shift": arguments.shift_threshold,
-    }
-    names = ("seqlen", "sequences", "batch_size", "dtype", "device", "seed")
-    options = {n: getattr(arguments, n) for n in names}
     log = logging.getLogger("vsraq.analysis")
     log.setLevel(logging.INFO)
     log.addHandler(handler := logging.StreamHandler())
@@ -86,11 +103,9 @@ def run_compare(arguments: argparse.Namespace) -> int:
             methods,
             arguments.data,
             arguments.out,
-            thresholds=Thresholds(**{n: v for n, v in given.items() if v is not None}),
             keep_fp_pass=arguments.keep_fp_pass,
-            trust_remote_code=arguments.trust_remote_code,
             progress=sys.stderr.isatty(),
-            **{n: v for n, v in options.items() if v is not None},
+            **run_options(arguments),
         )
     finally:
         log.removeHandler(handler)

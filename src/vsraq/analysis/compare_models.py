@@ -33,6 +33,7 @@ from vsraq.analysis.results import (
     FullPrecision,
     Layer,
     Method,
+    SamplingSource,
     SamplingUsed,
     token_values,
 )
@@ -84,7 +85,7 @@ class Run:
 
     fp: FullPrecisionModel
     sampling: Sampling
-    sampling_source: str
+    sampling_source: SamplingSource
     blocks: tuple[str, ...]
     tallies: dict[str, Tally]
     seconds: dict[str, float]
@@ -164,13 +165,24 @@ def compare(
     with ExitStack() as stack:
         folder = stack.enter_context(_pass_folder(out, keep_fp_pass))
         model = stack.enter_context(fp_source.opened(settings.load))
-        text = read_text(data, tokenizer or found, _seqlen(model, seqlen), sequences)
+        text = read_text(data, tokenizer or found, window_of(model, seqlen), sequences)
         run = run_models(model, fp_source, sources, text, folder, settings)
         del model
         result = _comparison(run, fp_source, sources, text, settings)
     if out is not None:
         result.save(out)
     return result
+
+
+def sampling_of(
+    model: nn.Module, given: Sampling | None
+) -> tuple[Sampling, SamplingSource]:
+    """Return how a model's outputs are sampled, and who says so."""
+    if given is not None:
+        return given, "given"
+    config = getattr(model, "generation_config", None)
+    sampled = getattr(config, "do_sample", None) is True
+    return Sampling.of(model), "generation_config" if sampled else "default"
 
 
 def run_models(
@@ -184,11 +196,7 @@ def run_models(
     """Run all models over a text, one after another; see `compare`."""
     routers = find_routers(fp_model, router_pattern=settings.router_pattern)
     check_same_routers(routers, routers, "it")
-    given, source = settings.sampling, "given"
-    if given is None:
-        config = getattr(fp_model, "generation_config", None)
-        sampled = getattr(config, "do_sample", None) is True
-        given, source = Sampling.of(fp_model), "generation_config" * sampled
+    given, source = sampling_of(fp_model, settings.sampling)
     stored = FullPrecisionPass(folder, text.tokens)
     with evaluating(fp_model):
         fp = run_full_precision(
@@ -203,7 +211,7 @@ def run_models(
         fp.model.drop_blocks()
         free_memory()
     sample = TokenSample.draw(text.tokens, settings.seed)
-    run = Run(fp, given, source or "default", decoder_blocks(fp_model, routers), {}, {})
+    run = Run(fp, given, source, decoder_blocks(fp_model, routers), {}, {})
     for name, q_source in sources.items():
         tally = Tally(routers, settings.thresholds, sample)
         with (
@@ -249,7 +257,7 @@ def _comparison(
         created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         versions={n: version(n) for n in ("vsraq", "torch", "transformers")},
         data=DataUsed(text.source, text.tokens, text.sequences, text.seqlen),
-        sampling=SamplingUsed(**asdict(run.sampling), source=run.sampling_source),  # type: ignore[arg-type]
+        sampling=SamplingUsed(**asdict(run.sampling), source=run.sampling_source),
         thresholds=settings.thresholds,
         full_precision=FullPrecision(
             source=fp_source.label,
@@ -301,7 +309,12 @@ def _named(q_models: Mapping[str, ModelOrPath] | ModelOrPath) -> dict[str, Model
     return {name: ModelSource(name, given) for name, given in q_models.items()}
 
 
-def _seqlen(model: nn.Module, seqlen: int | None) -> int:
+def window_of(model: nn.Module, seqlen: int | None) -> int:
+    """Return the tokens of a window: as given, or what the model can read.
+
+    Raises:
+        ValueError: The model cannot read that many.
+    """
     config = getattr(model, "config", None)
     config = config.get_text_config() if config is not None else None
     most = getattr(config, "max_position_embeddings", None)

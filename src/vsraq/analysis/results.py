@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias
 
 import torch
 from pydantic import TypeAdapter
@@ -34,6 +34,8 @@ METRICS = (
     *LAYER_METRICS,
     *("region_a", "region_b", "region_c", "region_d"),
 )
+
+SamplingSource: TypeAlias = Literal["generation_config", "default", "given"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class SamplingUsed:
     temperature: float
     top_k: int | None
     top_p: float | None
-    source: Literal["generation_config", "default", "given"]
+    source: SamplingSource
 
 
 @dataclass(frozen=True)
