@@ -4,6 +4,7 @@
 Shapes: T tokens of the batch, E experts, K top-k, H hidden width, V vocabulary.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from vsraq.routers import BoundRouter, Router
 from vsraq.tokens.output_head import OutputHead, output_head, takes_embeddings
 
 Kept = TypeVar("Kept")
+_CHECKED_TOKENS = 32
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,15 +87,47 @@ class RoutedModel:
         routing = {name: kept[0] for name, kept in calls.items()}
         return Forward(routing, rows, returns_tuple)
 
+    def check_head(self, input_ids: Tensor) -> None:
+        """Keep to logits from now on, where `head` would give others than the model.
+
+        In some families more than hidden states goes from block to block, or from the
+        blocks to the head.
+
+        Args:
+            input_ids: (B, S); a part of the first sequence is run.
+        """
+        if not self._blocks:
+            return
+        input_ids = input_ids[:1, :_CHECKED_TOKENS].to(self.device)
+        expected: Tensor = self.model(input_ids=input_ids).logits.flatten(0, 1).float()
+        try:
+            rows, returns_tuple = self._rows(input_ids)
+            with self.head(returns_tuple) as head:
+                found = head(rows)
+        except Exception as error:  # it is the code of any family
+            reason = f"{type(error).__name__}: {error}"
+        else:
+            precision = max(4 * torch.finfo(found.dtype).eps, 1e-4)
+            tolerance = precision * expected[expected.isfinite()].abs().max().item()
+            shapes = found.shape == expected.shape and rows.ndim == 2
+            if shapes and torch.allclose(found.float(), expected, 0, tolerance):
+                return
+            reason = "its head gives other logits"
+        _log.info(
+            "%s cannot be split after its last block (%s): its logits are compared as "
+            "they are",
+            type(self.model).__name__,
+            " ".join(reason.split()),
+        )
+        self._blocks = ()
+
     def _rows(self, input_ids: Tensor) -> tuple[Tensor, bool | None]:
         if self._blocks:
             last = self.model.get_submodule(self._blocks[-1])
             hidden_states, returns_tuple = block_output(
                 last, lambda: self.model(input_ids=input_ids, use_cache=False)
             )
-            if hidden_states.ndim == 3:  # some models have several streams
-                return hidden_states.flatten(0, 1), returns_tuple
-            self._blocks = ()
+            return hidden_states.flatten(0, 1), returns_tuple
         logits: Tensor = self.model(input_ids=input_ids).logits
         return logits.flatten(0, 1), None
 

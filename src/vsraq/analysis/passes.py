@@ -75,6 +75,8 @@ def run_full_precision(
     started = time.perf_counter()
     batches = _with_progress(text, batch_size, "full precision", progress)
     for index, input_ids in enumerate(batches):
+        if index == 0:
+            model.check_head(input_ids)
         forward = model.run(input_ids, expert_ranks)
         ranks = {name: r.cpu() for name, r in forward.routing.items()}
         batch = StoredBatch(ranks, forward.rows.cpu())
@@ -123,6 +125,8 @@ def run_quantized(
     """
     started = time.perf_counter()
     for index, input_ids in enumerate(_with_progress(text, batch_size, name, progress)):
+        if index == 0:
+            model.check_head(input_ids)
         forward = model.run(input_ids, BoundRouter.select)
         batch = fp.stored.read(index)
         with ExitStack() as stack:
