@@ -111,7 +111,7 @@ def test_a_model_in_bfloat16_of_a_float32_folder_in_two_formats(tmp_path):
     for folder in folders:
         assert check(folder, refitted_of(autoround), source) == {torch.float32}
     assert not isinstance(  # the way it returns is AutoRound's
-        autoround.save_quantized(str(tmp_path / "again"), inplace=False), tuple
+        autoround.save_quantized(tmp_path / "again", inplace=False), tuple
     )
 
 

@@ -62,7 +62,8 @@ def around_saving(
         if saved is None:  # nothing was quantized yet
             return None
         model, folders = saved
-        finish([Path(f) for f in ([folders] if isinstance(folders, str) else folders)])
+        # a list for several formats; a folder comes back as it was given
+        finish([Path(f) for f in (folders if isinstance(folders, list) else [folders])])
         return (model, folders) if wanted else model
 
     orchestrator.save_quantized = save_quantized
