@@ -7,7 +7,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import matplotlib.image
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import browser
 from report_data import MadeUp, run_record, write_export
@@ -153,6 +155,7 @@ def test_figures_follow_the_colours_of_the_page(page):
     assert "var(--series-0, #0072b2)" in svg
     assert "DejaVu" not in svg
     assert "prefers-color-scheme: dark" in text
+    assert svg.count("color-mix(in srgb, var(--series-1) 20.0%") >= 3
 
 
 def test_every_figure_is_described(page):
@@ -203,6 +206,7 @@ def test_findings_of_a_run_and_its_plan(export):
     text = "\n".join(" ".join(f) for f in exported(folder.run, folder.plan))
     assert "3 experts saw no calibration token" in text
     assert "Expert 4 of model.layers.1.mlp.gate, " in text
+    assert "1 block of 6 gained nothing from tuning" in text
     assert "model.layers.2 kept the first iteration" in text
     assert "The re-fit helped 6 of 6 routers" in text
     assert "The bit plan gives 13 units of 18 another scheme" in text
@@ -312,6 +316,43 @@ def test_matplotlib_is_imported_late():
     for path in Path(report.__file__).parent.rglob("*.py"):
         lines = path.read_text().splitlines()
         assert not any(line.startswith(("import matp", "from matp")) for line in lines)
+
+
+def test_bits_of_an_export_are_read_from_its_files(tmp_path):
+    """q in 4 bits, one expert in 8, the router and lm_head in full precision."""
+    config = {
+        "quant_method": "auto-round",
+        "packing_format": "auto_round:auto_gptq",
+        "data_type": "int",
+        "bits": 4,
+        "group_size": 32,
+        "sym": True,
+        "extra_config": {"model.layers.1.mlp.experts.1.up_proj": {"bits": 8}},
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": config}))
+    tensors = {"lm_head.weight": np.zeros((8, 64), np.float32)}
+    for block in range(2):
+        name = f"model.layers.{block}"
+        tensors[f"{name}.mlp.gate.weight"] = np.zeros((2, 64), np.float16)
+        for layer in ("self_attn.q_proj", "mlp.experts.0.up_proj"):
+            tensors[f"{name}.{layer}.qweight"] = np.zeros((8, 32), np.int32)
+        bits = 4 * (1 + block)
+        words = np.zeros((2 * bits, 32), np.int32)
+        tensors[f"{name}.mlp.experts.1.up_proj.qweight"] = words
+    save_file(tensors, tmp_path / "model.safetensors")
+    folder = read_folder(tmp_path)
+    assert folder.bits.outside == {"lm_head": 32.0}
+    assert folder.bits.cells == {
+        **{("q_proj", block): 4.0 for block in (0, 1)},
+        **{("gate", block): 16.0 for block in (0, 1)},
+        ("experts", 0): 4.0,
+        ("experts", 1): 6.0,
+    }
+    (found,) = draw_all(folder)
+    assert found.description == (
+        "Most quantized layers have 4 bits, 1 other: experts in block 1 has 6. "
+        "lm_head has 32 bits."
+    )
 
 
 def test_a_missing_browser_is_named(monkeypatch):

@@ -83,6 +83,7 @@ class Picture:
             markers, one per marker.
         grids: Values of heat maps, by the gid of a patch that covers one.
         table: Its values.
+        colours: What the page writes for colours that are not of this file.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Picture:
     table: Table
     tips: Mapping[str, Sequence[str]] = field(default_factory=dict)
     grids: Mapping[str, Grid] = field(default_factory=dict)
+    colours: Mapping[str, str] = field(default_factory=dict)
 
     def save(self, folder: Path) -> tuple[Path, Path]:
         """Write the figure as PNG and as SVG.

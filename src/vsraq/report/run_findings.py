@@ -64,10 +64,12 @@ def _tuning(run: Run) -> Iterator[Finding]:
     still = [block.name for block in run.blocks if block.best_iteration == 0]
     largest = max(changes, key=lambda name: losses[name][0] * changes[name])
     yield Finding(
-        f"{least} gained least from tuning",
-        f"Its reconstruction loss changed by {percent(changes[least] - 1)}, the mean "
-        f"block's by {percent(mean(list(changes.values())) - 1)}. The largest loss "
-        f"that is left is that of {largest}: "
+        f"{counted(len(still), 'block')} of {len(changes)} gained nothing from tuning"
+        if still
+        else f"{least} gained least from tuning",
+        f"The reconstruction loss of {least} changed by {percent(changes[least] - 1)}, "
+        f"the mean block's by {percent(mean(list(changes.values())) - 1)}. The largest "
+        f"loss that is left is that of {largest}: "
         f"{number(losses[largest][0] * changes[largest])}.",
         f"{listed(still)} kept the first iteration: try more of them, or a smaller "
         "learning rate."
@@ -83,6 +85,11 @@ def _refits(run: Run) -> Iterator[Finding]:
         for router in block.routers
         if router.refit and router.jaccard is not None
     ]
+    left = sum(
+        router.jaccard is not None and not router.refit
+        for block in run.blocks
+        for router in block.routers
+    )
     gains = {
         name: after - before
         for name, before, after in pairs
@@ -95,7 +102,8 @@ def _refits(run: Run) -> Iterator[Finding]:
     yield Finding(
         f"The re-fit helped {better} of {counted(len(gains), 'router')}",
         f"Jaccard changed by {fixed(mean(list(gains.values())), 4)} in the mean, least "
-        f"in {worst}: {fixed(gains[worst], 4)}.",
+        f"in {worst}: {fixed(gains[worst], 4)}."
+        + (f" {counted(left, 'router')} stayed as before." if left else ""),
     )
 
 

@@ -45,7 +45,7 @@ def inline_svg(picture: Picture) -> str:
         root.remove(element)
     _add_values(root, picture)
     for element in root.iter():
-        _adapt(element, picture.name)
+        _adapt(element, picture)
     for name in ("width", "height", "version"):
         root.attrib.pop(name, None)
     root.set("role", "img")
@@ -75,8 +75,15 @@ def _as_json(grid: Grid) -> str:
     return json.dumps(content, separators=(",", ":"))
 
 
-def _adapt(element: ElementTree.Element, name: str) -> None:
+def _adapt(element: ElementTree.Element, picture: Picture) -> None:
     """Make ids the figure's own, and colours and the font those of the page."""
+
+    def colour(match: re.Match[str]) -> str:
+        found = VARIABLES.get(match[0])
+        mixed = picture.colours.get(match[0], match[0])
+        return f"var({found}, {match[0]})" if found else mixed
+
+    name = picture.name
     for key, value in element.attrib.items():
         if key == "id":
             element.set(key, f"{name}-{value}")
@@ -86,9 +93,4 @@ def _adapt(element: ElementTree.Element, name: str) -> None:
             element.set(key, f"url(#{name}-{value[5:]}")
         elif key == "style":
             value = _FONT.sub(r"\1var(--font)", value)
-            element.set(key, _COLOUR.sub(_variable, value))
-
-
-def _variable(match: re.Match[str]) -> str:
-    found = VARIABLES.get(match[0])
-    return f"var({found}, {match[0]})" if found else match[0]
+            element.set(key, _COLOUR.sub(colour, value))

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from vsraq.report.figures.expert_load import load_moved
-from vsraq.report.figures.tuning_curves import kept
-from vsraq.report.schema import Interval, Results, Run
+from vsraq.report.figures.tuning_curves import kept, loss_terms
+from vsraq.report.schema import Interval, Results, Run, RunRouter
 from vsraq.report.wording import fixed, interval, number, overlap
 
 
@@ -217,14 +217,14 @@ def per_block(run: Run) -> SortableTable:
     Args:
         run: A run's record.
     """
-    terms = list(dict.fromkeys(t for block in run.blocks for t in block.losses))
+    terms = loss_terms(run)
     columns: list[tuple[str, str]] = [
         ("Block", ""),
         ("Seconds", "its tuning"),
         ("Kept", "the iteration that was kept"),
         *((f"{term}, %", f"change of the {term} loss") for term in terms),
-        ("Logit error", "of the router, after its re-fit"),
-        ("Jaccard", "of the router, after its re-fit"),
+        ("Logit error", "of the router, after its re-fit if that was kept"),
+        ("Jaccard", "of the router, after its re-fit if that was kept"),
     ]
     rows = []
     for place, block in enumerate(run.blocks):
@@ -237,10 +237,9 @@ def per_block(run: Run) -> SortableTable:
             change = kept(block, block.losses.get(term, ()) or (0.0,))
             percents = None if change is None else 100 * (change - 1)
             cells.append(_plain(percents, lambda v: fixed(v, 1)))
-        pairs: list[Any] = [(r.logit_error, r.jaccard) for r in block.routers[:1]]
-        errors, jaccards = pairs[0] if pairs else (None, None)
-        for pair, digits in ((errors, 3), (jaccards, 4)):
-            cells.append(_pair(pair, digits))
+        router = block.routers[0] if block.routers else RunRouter(name="")
+        for pair, digits in ((router.logit_error, 3), (router.jaccard, 4)):
+            cells.append(_pair(pair, router.refit, digits))
         rows.append(cells)
     return SortableTable(columns, rows)
 
@@ -249,8 +248,11 @@ def _plain(value: float | None, write: Callable[[float | None], str]) -> Cell:
     return Cell(write(value), value=value)
 
 
-def _pair(pair: Any, digits: int) -> Cell:
-    if pair is None or pair[1] is None:
+def _pair(pair: Any, kept_refit: bool, digits: int) -> Cell:
+    """What a router has now; what it had before, or would have, is for the pointer."""
+    now, other = (pair or (None, None))[:: -1 if kept_refit else 1]
+    if now is None:
         return Cell(number(None))
-    before = "" if pair[0] is None else f"before the re-fit: {number(pair[0], digits)}"
-    return Cell(number(pair[1], digits), before, value=pair[1])
+    said = "before the re-fit" if kept_refit else "the re-fit was not kept"
+    ends = "" if other is None else f"{said}: {number(other, digits)}"
+    return Cell(number(now, digits), ends, value=now)

@@ -76,28 +76,28 @@ def _draw_bits(bits: Bits) -> Picture:
     _label(axes, bits.kinds, bits.blocks)
     common = _most_common([v for row in values for v in row if v is not None])
     others = [
-        f"{kind} in block {block}: {number(value)}"
+        f"{kind} in block {block} has {value:.3g}"
         for (kind, block), value in bits.cells.items()
         if value != common and value < 16
     ]
-    outside = "".join(f" {k} has {number(v)} bits." for k, v in bits.outside.items())
+    outside = "".join(f" {k} has {v:g} bits." for k, v in bits.outside.items())
+    some = "; ".join(others[:4]) + ("; ..." if len(others) > 4 else "")
+    words = (
+        f"Most quantized layers have {common:g} bits, "
+        f"{counted(len(others), 'other')}: {some}."
+        if others
+        else f"All quantized layers have {common:g} bits."
+    )
     return Picture(
         name="bits",
         title="Bits of each layer",
         caption="Bits per weight, scales left out; routed experts are one row. 16 and "
         "32 are not quantized.",
-        description=f"Most layers have {number(common)} bits; "
-        f"{counted(len(others), 'quantized layer')} {_has(len(others))} others"
-        f"{': ' + '; '.join(others[:4]) if others else ''}"
-        f"{'; ...' if len(others) > 4 else ''}.{outside}",
+        description=words + outside,
         figure=figure,
         grids={gid: Grid(bits.kinds, "block", values, "bits")},
         table=_map_table(bits.kinds, bits.blocks, values),
     )
-
-
-def _has(count: int) -> str:
-    return "has" if count == 1 else "have"
 
 
 def _most_common(values: Sequence[float]) -> float:

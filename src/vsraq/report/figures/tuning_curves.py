@@ -27,7 +27,7 @@ def draw(folder: Folder) -> list[Picture]:
         folder: An export with its run's record.
     """
     run = folder.run
-    terms = [] if run is None else _terms(run)
+    terms = [] if run is None else loss_terms(run)
     if run is None or not terms:
         return []
     figure = new_figure(0.45 + 1.25 * len(terms))
@@ -50,6 +50,7 @@ def draw(folder: Folder) -> list[Picture]:
             description=_describe(run, terms),
             figure=figure,
             tips=tips,
+            colours=_mixes(run),
             table=_table(run, terms),
         )
     ]
@@ -68,27 +69,39 @@ def kept(block: RunBlock, losses: Sequence[float]) -> float | None:
     return losses[best] / losses[0]
 
 
-def _terms(run: Run) -> list[str]:
-    """The losses that some block has more than one value of."""
-    terms: dict[str, None] = {}
-    for block in run.blocks:
-        for name, values in block.losses.items():
-            if len(values) > 1 and values[0] > 0:
-                terms.setdefault(name)
-    return list(terms)
+def loss_terms(run: Run) -> list[str]:
+    """The losses that some block has more than one value of, reconstruction first.
+
+    Args:
+        run: A run's record.
+    """
+    terms = {
+        name: None
+        for block in run.blocks
+        for name, values in block.losses.items()
+        if len(values) > 1 and values[0] > 0
+    }
+    return sorted(terms, key=lambda name: name != "reconstruction")
 
 
-def _blend(place: float) -> tuple[float, float, float]:
+def _colour(run: Run, index: int) -> str:
     """A colour between that of the first and that of the last block."""
-    from matplotlib.colors import to_rgb
+    from matplotlib.colors import to_hex, to_rgb
 
+    place = index / max(1, len(run.blocks) - 1)
     first, last = to_rgb(_FIRST), to_rgb(_LAST)
     red, green, blue = (a + place * (b - a) for a, b in zip(first, last, strict=True))
-    return red, green, blue
+    return to_hex((red, green, blue))
 
 
-def _colour(run: Run, index: int) -> tuple[float, float, float]:
-    return _blend(index / max(1, len(run.blocks) - 1))
+def _mixes(run: Run) -> dict[str, str]:
+    """The same, from the page's own two colours."""
+    last = max(1, len(run.blocks) - 1)
+    return {
+        _colour(run, index): "color-mix(in srgb, var(--series-1) "
+        f"{100 * index / last:.1f}%, var(--series-0))"
+        for index in range(1, last)
+    }
 
 
 def _draw_term(axes: Any, run: Run, term: str) -> dict[str, list[str]]:
