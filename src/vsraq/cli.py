@@ -262,7 +262,9 @@ def _demo(arguments: argparse.Namespace) -> int:
     iters = ITERS if arguments.iters is None else arguments.iters
     log = _demo_log(arguments.output)
     with run_console(log, verbose=arguments.verbose) as console:
-        console.say(run_demo(arguments.output, iters=iters, console=console))
+        report = log.with_suffix(".html")
+        found = run_demo(arguments.output, iters=iters, report=report, console=console)
+        console.say(found)
     return 0
 
 

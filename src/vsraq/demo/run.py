@@ -18,19 +18,21 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from vsraq.analysis import Closeness, closeness
+from vsraq.analysis import Comparison, compare
 from vsraq.callbacks import Callback
 from vsraq.checkpoint import Checkpoint, load_model, verify
 from vsraq.console import RunConsole
 from vsraq.demo import model_path
 from vsraq.demo.text import Split, documents
 from vsraq.recipe import Calibration, Method, Recipe, bit_plan, build, plan_path
+from vsraq.report import write_report
 
 ITERS = 30
 SEQLEN = 256
 CALIBRATION_SAMPLES = 32
 HELDOUT_WINDOWS = 64
 BATCH = 8
+COMPARISON = "compared"  # the folder beside the exports
 HELDOUT_BATCH = 32  # an export's layers are dequantized once per batch
 # An expert's down_proj reads 32 features. A group of 128 then is that one group of 32,
 # but loaders take the number literally.
@@ -55,22 +57,25 @@ ROWS = (
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of the demo's table.
+class Export:
+    """A row's export.
 
     Attributes:
         scheme: The quantization scheme.
         method: What tuned it.
-        comparison: The reloaded export against the full-precision model.
+        path: Its folder.
         seconds: Wall time of AutoRound's `quantize()`.
-        mebibytes: Size of the export's tensors on disk, MiB.
     """
 
     scheme: str
     method: str
-    comparison: Closeness
+    path: Path
     seconds: float
-    mebibytes: float
+
+    @property
+    def name(self) -> str:
+        """Its name in the comparison."""
+        return f"{self.scheme} {self.method}"
 
 
 def load_demo_model(path: Path | None = None) -> nn.Module:
@@ -127,6 +132,7 @@ def run_demo(
     output: Path | None = None,
     *,
     iters: int = ITERS,
+    report: Path | None = None,
     console: RunConsole | None = None,
 ) -> str:
     """Run everything and format the table.
@@ -134,10 +140,11 @@ def run_demo(
     Args:
         output: Folder to keep the exports in; None drops them.
         iters: Tuning iterations per block.
+        report: The HTML report's file; None writes none.
         console: Shows how far it is; None shows nothing.
 
     Returns:
-        The table as text.
+        The table as text, and where the report is.
 
     Raises:
         CheckpointError: An export is faulty.
@@ -146,27 +153,37 @@ def run_demo(
     console.phase("reading text")
     tokenizer = load_tokenizer()
     calibration = token_windows(tokenizer, "calibration", CALIBRATION_SAMPLES)
-    heldout = token_windows(tokenizer, "heldout", HELDOUT_WINDOWS).split(HELDOUT_BATCH)
-    fp_model = load_demo_model()
-    rows = [
-        Row(
-            "bfloat16",
-            "none",
-            closeness(fp_model, fp_model, heldout),
-            0.0,
-            _size(model_path()),
-        )
-    ]
+    heldout = token_windows(tokenizer, "heldout", HELDOUT_WINDOWS)
     with _folder(output) as folder:
+        exports = []
         planned = list(recipes(folder, iters))
         for number, (scheme, name, recipe) in enumerate(planned, 1):
-            title = f"{number}/{len(planned)} {scheme} {name}"
-            console.phase(title)
+            console.phase(f"{number}/{len(planned)} {scheme} {name}")
             path, seconds = _export(recipe, tokenizer, calibration, console.callbacks)
-            console.phase(f"{title}: comparing")
-            comparison = closeness(load_demo_model(path), fp_model, heldout)
-            rows.append(Row(scheme, name, comparison, seconds, _size(path)))
-    return format_table(rows)
+            exports.append(Export(scheme, name, path, seconds))
+        console.phase("comparing")
+        compared = compare(
+            model_path(),
+            {export.name: export.path for export in exports},
+            heldout,
+            out=folder / COMPARISON,
+            batch_size=HELDOUT_BATCH,
+            dtype=torch.float32,
+        )
+        table = format_table(compared, exports)
+        if report is None:
+            return table
+        console.phase("writing the report")
+        shown = [e.path for e in exports if e.method in PLANS]
+        return f"{table}\n{_write_report([folder / COMPARISON, *shown], report)}"
+
+
+def _write_report(folders: list[Path], report: Path) -> str:
+    """Write the report, and say where it is, or why there is none."""
+    try:
+        return f"report: {write_report(folders, report)}"
+    except RuntimeError as error:  # a package is missing
+        return f"report: none, because {error}"
 
 
 def recipes(folder: Path, iters: int) -> Iterator[tuple[str, str, Recipe]]:
@@ -287,27 +304,32 @@ def _size(path: Path) -> float:
     return sum(file.stat().st_size for file in files) / 2**20
 
 
-def format_table(rows: list[Row]) -> str:
-    """Format the rows as a table of fixed-width columns."""
-    layers = list(rows[0].comparison.jaccard)
-    header = ["scheme", "method", "ppl", "KL", "Jaccard"]
-    header += [f"L{index}" for index in range(len(layers))] + ["seconds", "MiB"]
-    lines = [header]
-    for row in rows:
-        result = row.comparison
+def format_table(compared: Comparison, exports: Sequence[Export]) -> str:
+    """Format a comparison as a table of fixed-width columns."""
+    fp = compared.full_precision
+    figures = ["ppl", "KL", "Jaccard", *(f"L{i}" for i in range(len(compared.layers)))]
+    ones = ["1.0000"] * (1 + len(compared.layers))
+    lines = [
+        ["scheme", "method", *figures, "seconds", "MiB"],
+        ["bfloat16", "none", f"{fp.perplexity.value:.3f}", "0.0000", *ones, "0"],
+    ]
+    lines[1].append(f"{_size(model_path()):.2f}")
+    for export in exports:
+        found = compared.methods[export.name]
+        jaccard = [found.metrics["jaccard"]]
+        jaccard += [layer.metrics["jaccard"] for layer in found.layers]
         lines.append(
             [
-                row.scheme,
-                row.method,
-                f"{result.perplexity:.3f}",
-                f"{result.kl:.4f}",
-                f"{result.mean_jaccard:.4f}",
-                *(f"{result.jaccard[layer]:.4f}" for layer in layers),
-                f"{row.seconds:.0f}",
-                f"{row.mebibytes:.2f}",
+                export.scheme,
+                export.method,
+                f"{found.metrics['perplexity'].value:.3f}",
+                f"{found.metrics['kl'].value:.4f}",
+                *(f"{interval.value:.4f}" for interval in jaccard),
+                f"{export.seconds:.0f}",
+                f"{_size(export.path):.2f}",
             ]
         )
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = [
         "  ".join(
             cell.ljust(width) if i < 2 else cell.rjust(width)
