@@ -15,7 +15,7 @@ from scipy.stats import bootstrap
 LEVEL = 0.95
 RESAMPLES = 2000
 # float64 values of the weights that exist at once
-_BATCH_VALUES = 2**22
+_BATCH_VALUES = 2**18
 _NOTHING = 1e100  # a ratio without a denominator; scipy warns of NaN
 
 Array = NDArray[np.float64]
