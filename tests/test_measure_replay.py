@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+import families
 import tiny
 from replayed import damaged
 from test_capture import hook_count
@@ -113,6 +114,13 @@ def test_a_model_that_replays_its_own_routing_does_not_change(pair):
     for interval in (result.before["sampled_jsd"], result.after["sampled_jsd"]):
         assert interval.value == interval.low == interval.high == 0
     assert result.improved.value == result.mean_change.value == 0
+
+
+def test_a_model_whose_head_needs_more_than_hidden_states():
+    model = families.tiny_family("qwen4_exp_text")  # several streams between blocks
+    result = measure_replay(damaged(model), model, IDS, "all", **OPTIONS)
+    assert result.chosen == IDS.numel()
+    assert result.after["sampled_jsd"].value < result.before["sampled_jsd"].value
 
 
 def test_nothing_chosen(pair):

@@ -170,10 +170,11 @@ class _FullPrecision:
             ValueError: There is not enough room on the disk.
         """
         stored = self._stored = FullPrecisionPass(self._folder, text.tokens)
-        with (
-            evaluating(self.model.model),
-            RoutingRecorder(self.model.model, self.model.routers) as recorder,
-        ):
+        with ExitStack() as stack:
+            stack.enter_context(evaluating(self.model.model))
+            self.model.check_head(next(text.batches(batch_size)))
+            recorder = RoutingRecorder(self.model.model, self.model.routers)
+            stack.enter_context(recorder)
             batches = _with_bar(text, batch_size, "full precision", progress)
             for index, input_ids in enumerate(batches):
                 forward = self.model.run(input_ids, expert_ranks)
@@ -223,6 +224,7 @@ class _Quantized:
         sums = ReplaySums()
         first = 0
         with evaluating(self._fp.model.model, self._model.model):
+            self._model.check_head(next(text.batches(batch_size)))
             batches = _with_bar(text, batch_size, name, progress)
             for index, input_ids in enumerate(batches):
                 batch, routing = self._fp.read(index)
