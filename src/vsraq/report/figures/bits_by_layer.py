@@ -16,7 +16,7 @@ from vsraq.report.picture import (
     Table,
     new_figure,
 )
-from vsraq.report.wording import counted, number
+from vsraq.report.wording import counted, listed, number
 
 _BLUE, _VERMILION = PALETTE[:2]
 _PLACE = re.compile(r"^.*?\.(\d+)\.(.+)$")
@@ -81,10 +81,9 @@ def _draw_bits(bits: Bits) -> Picture:
         if value != common and value < 16
     ]
     outside = "".join(f" {k} has {v:g} bits." for k, v in bits.outside.items())
-    some = "; ".join(others[:4]) + ("; ..." if len(others) > 4 else "")
     words = (
         f"Most quantized layers have {common:g} bits, "
-        f"{counted(len(others), 'other')}: {some}."
+        f"{counted(len(others), 'other')}: {listed(others)}."
         if others
         else f"All quantized layers have {common:g} bits."
     )

@@ -61,7 +61,7 @@ for (const svg of document.querySelectorAll("figure svg")) {
     for (const [cover, grid] of maps) {
       const box = cover.getBoundingClientRect();
       const rows = grid.values.length;
-      const columns = grid.values[0].length;
+      const columns = Math.max(...grid.values.map((cells) => cells.length));
       const row = Math.floor(((y - box.top) / box.height) * rows);
       const column = Math.floor(((x - box.left) / box.width) * columns);
       if (row >= 0 && row < rows && column >= 0 && column < columns) return show(cellText(grid, row, column), x, y);
