@@ -3,6 +3,7 @@
 import inspect
 import json
 import time
+from functools import partial
 
 import datasets
 import httpx2
@@ -15,6 +16,7 @@ from datasets import Dataset
 
 import tiny
 import vsraq
+from vsraq.autoround import calibration_data
 from vsraq.autoround.calibration_data import register
 from vsraq.calibration import MIXTURES, choose_balanced, hub
 from vsraq.calibration.documents import document_ids
@@ -432,3 +434,18 @@ def test_a_recipe_names_them(tmp_path, text_file):
         check("nvidia-reasoning:cod=2")
     with pytest.raises(FileNotFoundError, match=r"calibration\.dataset='gone\.jsonl'"):
         check("gone.jsonl:text")
+
+
+def test_a_name_that_somebody_else_has_registered_stays_theirs(monkeypatch):
+    def theirs(tokenizer, seqlen, dataset_name="c4", **options):
+        return "theirs"
+
+    monkeypatch.setitem(calib_dataset.CALIB_DATASETS, "c4", theirs)
+    register()
+    assert calib_dataset.CALIB_DATASETS["c4"] is theirs
+
+    def get_dataset(tokenizer, seqlen, dataset_name, seed, nsamples):
+        return calib_dataset.CALIB_DATASETS[dataset_name](tokenizer, seqlen)
+
+    read = partial(calibration_data._read, get_dataset, None)
+    assert read((None, 64, "c4", 42, 4), {}) == "theirs"

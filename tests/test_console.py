@@ -97,6 +97,18 @@ def test_a_bar_is_one_line(log, bars):
     assert any("| 20/50 " in bar for bar in bars)
 
 
+def test_a_bar_is_one_line_beside_the_line_of_a_terminal(log):
+    """Bars count the others and move down: a line of the log at each state."""
+    line = LiveLine(Terminal())
+    line.phase("W4A16")
+
+    def inside():
+        for _ in tqdm(range(50), desc="packing", mininterval=0):
+            pass
+
+    assert len(log(inside)) == 1
+
+
 @pytest.mark.parametrize("error", [ValueError("wrong"), KeyboardInterrupt()])
 def test_an_error_says_where_the_log_is(error, tmp_path):
     path = tmp_path / "run.log"

@@ -23,6 +23,7 @@ from vsraq.report.picture import WIDTH
 from vsraq.report.run_findings import exported
 from vsraq.report.svg import VARIABLES
 from vsraq.report.tables import headline, per_layer
+from vsraq.report.wording import shortened
 
 EVIL = "<script>alert(1)</script> & $x_1$"
 COMPARED = {
@@ -375,3 +376,46 @@ def test_a_run_without_losses_is_shown(tmp_path):
     record["coverage"] = None
     (tmp_path / "vsraq_run.json").write_text(json.dumps(record))
     assert "Tuning took 49 s" in write_report(tmp_path).read_text()
+
+
+def test_a_loss_that_was_not_finite_is_left_out(tmp_path):
+    record = run_record(blocks=1)
+    block = record["blocks"][0]
+    losses = {name: [1.0, None, 0.5] for name in block["losses"]}
+    block |= {"losses": losses, "best_iteration": 1}
+    (tmp_path / "vsraq_run.json").write_text(json.dumps(record))
+    assert "Tuning took 49 s" in write_report(tmp_path).read_text()
+
+
+def test_a_threshold_of_zero_is_shown(tmp_path):
+    made = MadeUp({"one": 1.0}, layers=2, experts=8, tokens=50)
+    made.results["thresholds"] = {"sampled_jsd": 0.0, "routing_shift": 0.0}
+    assert "Does it matter?" in write_report(made.write(tmp_path)).read_text()
+
+
+def test_one_sequence_has_no_interval_to_judge_by(tmp_path):
+    made = MadeUp({"one": 1.0}, layers=2, experts=8, tokens=50)
+    metrics = made.results["methods"]["one"]["metrics"]
+    metrics["excess_nll"] = {"value": 0.5, "low": None, "high": None}
+    text = write_report(made.write(tmp_path, replay=False)).read_text()
+    assert "Perplexity cannot tell" not in text
+
+
+def test_a_replay_alone_is_shown(tmp_path):
+    made = MadeUp({"one": 1.0}, layers=2, experts=8, tokens=50)
+    replay = made.replay("one")
+    (tmp_path / "replay.json").write_text(json.dumps(replay))
+    text = write_report(tmp_path).read_text()
+    assert "one: routing replay" in text
+    assert "With the right experts" in text
+    nothing = {"value": None, "low": None, "high": None}
+    replay |= {"chosen": 0, "improved": nothing}
+    (tmp_path / "replay.json").write_text(json.dumps(replay))
+    assert "With the right experts" not in write_report(tmp_path).read_text()
+
+
+def test_names_of_exports_stay_different_in_legends():
+    names = [f"Qwen3-30B-A3B-Instruct-2507-W4A16-{n}" for n in ("AutoRound", "VSRAQ")]
+    short = [shortened(name) for name in names]
+    assert len(set(short)) == 2
+    assert all(len(name) <= 22 for name in short)

@@ -87,7 +87,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
 
     methods: dict[str, str] = {}
     if arguments.q_model is not None:
-        methods[Path(arguments.q_model).name] = arguments.q_model
+        methods[Path(arguments.q_model).resolve().name] = arguments.q_model
     for name, path in arguments.method:
         if name in methods:
             raise ValueError(f"--method {name}=...: allowed is each name once")

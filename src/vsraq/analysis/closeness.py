@@ -77,7 +77,7 @@ def closeness(
     return Closeness(
         perplexity=math.exp(sums["q_nll"].sum() / sums["predicted"].sum()),
         kl=sums["kl"].sum().item() / tokens,
-        excess_nll=excess.mean().item(),
+        excess_nll=(sums["excess_nll"].sum() / sums["predicted"].sum()).item(),
         excess_nll_error=spread / math.sqrt(len(excess)),
         jaccard={
             name: layer["jaccard"].sum().item() / tokens

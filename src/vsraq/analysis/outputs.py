@@ -101,7 +101,7 @@ def _divergences(
     known = next_ids >= 0
     index = next_ids.clamp(min=0).unsqueeze(-1)
     q_nll, fp_nll = (
-        (log_sum - scores.gather(-1, index)).squeeze(-1) * known
+        torch.where(known, (log_sum - scores.gather(-1, index)).squeeze(-1), 0.0)
         for scores, log_sum in ((q_scores, q_log_sum), (fp_scores, fp_log_sum))
     )
     # log p_fp - log p_q; infinite scores are those of masked tokens

@@ -24,8 +24,9 @@ FORMAT = "vsraq-replay/1"
 REPLAY_FILE = "replay.json"
 # the regions of SRA Fig. 3, or every token
 Region: TypeAlias = Literal["A", "B", "C", "D", "all"]
-# Sampled-JSD is at most ln 2, so that its change is between -0.7 and 0.7
-_EDGES = [i / 100 for i in range(-70, 71)]
+# Sampled-JSD is at most ln 2, so that its change is between -0.7 and 0.7. The bin in
+# the middle has what did not change.
+_EDGES = [(2 * i - 1) / 200 for i in range(-70, 72)]
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from vsraq.calibration.mixture import SourceReport
 from vsraq.calibration.sample_file import write_samples
 
 PAPER_SAMPLES = 512  # of the VSRAQ paper's mixture
+_OURS = "vsraq"  # marks what we have registered
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def _read(
     given.apply_defaults()
     options = given.arguments
     parts = parse_names(options["dataset_name"])
-    if not parts:
+    if not parts or _has_theirs(options["dataset_name"]):
         return get_dataset(*args, **kwargs)
     tokenizer, seqlen, seed = (options[n] for n in ("tokenizer", "seqlen", "seed"))
     others = _other_sets(get_dataset, tokenizer, seqlen, seed)
@@ -182,12 +183,25 @@ def _registered(name: str) -> Callable[..., Dataset]:
         drawn = draw(parse_names(name), tokenizer, PAPER_SAMPLES, seqlen, seed)
         return _as_dataset(drawn[0])
 
+    load.__dict__[_OURS] = True
     return load
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a name leads to us: AutoRound, or a user, may have registered it too."""
+    return hasattr(calib_dataset.CALIB_DATASETS.get(name), _OURS)
+
+
+def _has_theirs(dataset: str) -> bool:
+    """Whether a name that would be ours was registered by somebody else."""
+    named = {part.split(":")[0].strip() for part in dataset.split(",")}
+    return any(not _is_ours(name) for name in named & MIXTURES.keys())
 
 
 def register() -> None:
     """Register our data sets with AutoRound; doing it twice is doing it once."""
     for name in MIXTURES:
-        calib_dataset.register_dataset(name)(_registered(name))
+        if name not in calib_dataset.CALIB_DATASETS or _is_ours(name):
+            calib_dataset.register_dataset(name)(_registered(name))
     if not isinstance(calib_dataset.get_dataset, wrapt.FunctionWrapper):
         wrapt.wrap_function_wrapper(calib_dataset, "get_dataset", _read)

@@ -120,8 +120,14 @@ def source_of(orchestrator: Any) -> str | None:
 
 
 def model_and_scheme(orchestrator: Any) -> tuple[str, str]:
-    """Return where a run's model came from, or its class, and its scheme's name."""
+    """Return where a run's model came from, or its class, and its scheme's name.
+
+    Of a model of the hub, AutoRound knows the folder in the cache: its id is in there.
+    """
     source = source_of(orchestrator) or type(orchestrator.model).__name__
+    for part in Path(source).parts:
+        if part.startswith("models--"):
+            source = part.removeprefix("models--").replace("--", "/")
     return source, str(orchestrator.orig_scheme)
 
 

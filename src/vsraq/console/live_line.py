@@ -3,7 +3,8 @@
 
 import time
 from collections.abc import Mapping
-from typing import Protocol, TextIO
+from typing import Any, ClassVar, Protocol, TextIO
+from weakref import WeakSet
 
 from tqdm import tqdm
 
@@ -65,6 +66,12 @@ def _losses(losses: Mapping[str, float]) -> str:
     return "".join(f", {label} {losses[label]:.2e}" for label in order)
 
 
+class _Line(tqdm):
+    """A bar that others do not count, so theirs stay in the first place."""
+
+    _instances: ClassVar["WeakSet[tqdm[Any]]"] = WeakSet()
+
+
 class LiveLine(Line):
     """The line on a terminal, which is written over and over.
 
@@ -73,7 +80,7 @@ class LiveLine(Line):
     """
 
     def __init__(self, stream: TextIO) -> None:
-        self._line = tqdm(bar_format="{desc}", file=stream, dynamic_ncols=True)
+        self._line = _Line(bar_format="{desc}", file=stream, dynamic_ncols=True)
         self._phase = ""
         self._progress: _Progress | None = None
         self._shown = 0.0

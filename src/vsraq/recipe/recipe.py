@@ -253,7 +253,10 @@ def parse_recipe(data: Mapping[str, Any]) -> Recipe:
         values["bits"] = dict(values["bits"])
     check_values(RecipeKeys, values)
     check_values(CalibrationKeys, values["calibration"], "calibration")
-    paths = ("", "model"), ("", "output"), ("", "bits"), ("algorithm", "token_mask")
+    paths = (
+        *(("", "model"), ("", "output"), ("", "bits")),
+        *(("algorithm", "token_mask"), ("callbacks", "tensorboard")),
+    )
     for section, name in paths:
         target = values[section] if section else values
         if isinstance(target.get(name), str):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a recipe: build AutoRound's run, quantize, export, or select tokens only."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -63,6 +64,7 @@ def build(
     config = recipe.algorithm_config() if config is None else config
     callbacks = [*make_callbacks(recipe.callbacks), *callbacks]
     if isinstance(config, VSRAQConfig):
+        config = copy.copy(config)  # the caller may use it again
         config.callbacks = [*config.callbacks, *callbacks]
     run = AutoRound(
         recipe.model if model is None else model,

@@ -48,8 +48,8 @@ def compared(results: Results, replay: Replay | None) -> list[Finding]:
     method = results.methods[best]
     found = [*_best_method(results, best), *_worst_layer(results, best)]
     found += [*_injected(results, best), *_regions(method, best)]
-    if replay is not None:
-        found.append(_replayed(replay))
+    if replay is not None and replay.chosen:
+        found.append(replayed(replay))
     found += [*_idle_experts(results, best), *_moved_load(results, best)]
     return [*found, *_perplexity(results)]
 
@@ -167,10 +167,12 @@ def _regions(method: MethodResult, best: str) -> Iterator[Finding]:
     )
 
 
-def _replayed(replay: Replay) -> Finding:
+def replayed(replay: Replay) -> Finding:
+    """Say what better routing could mend; some token was chosen."""
     before, after = (r["sampled_jsd"].value for r in (replay.before, replay.after))
     change = "" if not before or after is None else percent(after / before - 1)
-    where = "" if replay.region == "all" else f" of region {replay.region}"
+    of_region = f" of region {replay.region}"
+    where = {"all": "", "mask": " of the mask"}.get(replay.region, of_region)
     return Finding(
         f"With the right experts, {percent(replay.improved.value)} of the tokens"
         f"{where} come closer",
@@ -222,7 +224,11 @@ def _moved_load(results: Results, best: str) -> Iterator[Finding]:
 
 def _perplexity(results: Results) -> Iterator[Finding]:
     excess = {name: m.metrics["excess_nll"] for name, m in results.methods.items()}
-    alike = [n for n, i in excess.items() if (i.low or 0.0) <= 0 <= (i.high or 0.0)]
+    alike = [
+        name
+        for name, i in excess.items()  # one sequence has no interval
+        if i.low is not None and i.high is not None and i.low <= 0 <= i.high
+    ]
     below = [n for n, i in excess.items() if (i.value or 0) < 0 and n not in alike]
     judge = "Judge by KL and Sampled-JSD, which any difference makes larger."
     if below:

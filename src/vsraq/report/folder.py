@@ -21,7 +21,7 @@ from vsraq.report.schema import (
     read_table,
 )
 
-_FILES = (RESULTS_FILE, RUN_FILE, PLAN_FILE)
+_FILES = (RESULTS_FILE, REPLAY_FILE, RUN_FILE, PLAN_FILE)
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def read_folder(path: str | Path) -> Folder:
         said = "no such folder" if not path.is_dir() else "nothing to show there"
         raise FileNotFoundError(
             f"path={str(path)!r}: {said}; allowed is a folder with {RESULTS_FILE} "
-            f"(of `vsraq compare`), or an export with {RUN_FILE} (of `vsraq quantize`) "
-            f"or {PLAN_FILE}"
+            f"(of `vsraq compare`) or {REPLAY_FILE} (of `vsraq replay`), or an export "
+            f"with {RUN_FILE} (of `vsraq quantize`) or {PLAN_FILE}"
         )
 
     def table(kind: Any, name: str) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from vsraq import __version__
 from vsraq.report.figures import draw_all
-from vsraq.report.findings import Finding, compared
+from vsraq.report.findings import Finding, compared, replayed
 from vsraq.report.folder import Folder, read_folder
 from vsraq.report.picture import Picture, check_matplotlib, house_style
 from vsraq.report.run_findings import exported
@@ -72,12 +72,16 @@ def _section(index: int, folder: Folder) -> Section:
     found: list[Finding] = []
     if results is not None:
         found += compared(results, folder.replay)
+    elif folder.replay is not None and folder.replay.chosen:
+        found.append(replayed(folder.replay))
     found += exported(run, folder.plan)
     if results is not None:
         model = Path(results.full_precision.source).name
         title = f"{model}: {listed(results.methods, 4)} against full precision"
     elif run is not None:
         title = f"{Path(run.model).name}: export in {run.scheme}"
+    elif folder.replay is not None:
+        title = f"{folder.replay.method}: routing replay"
     else:
         title = f"Export {folder.name}"
     # a figure's name is an id of the page

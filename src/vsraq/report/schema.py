@@ -6,11 +6,19 @@ in seconds. E experts, K top-k.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+)
 
 RESULTS_FILE = "results.json"
 TOKENS_FILE = "tokens.safetensors"
@@ -189,6 +197,10 @@ class RunRouter(_Table):
     jaccard: tuple[float | None, float | None] | None = None
 
 
+# null is a loss that was not finite
+_Loss = Annotated[float, BeforeValidator(lambda v: math.nan if v is None else v)]
+
+
 class RunBlock(_Table):
     """A tuned block; `losses` has a value per iteration for each term."""
 
@@ -196,7 +208,7 @@ class RunBlock(_Table):
     seconds: float | None = None
     iterations: int | None = None
     best_iteration: int | None = None
-    losses: dict[str, tuple[float, ...]] = {}
+    losses: dict[str, tuple[_Loss, ...]] = {}
     weights: dict[str, float | None] = {}
     routers: tuple[RunRouter, ...] = ()
 

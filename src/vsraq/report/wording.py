@@ -83,8 +83,11 @@ def counted(count: int, one: str, many: str | None = None) -> str:
 
 
 def shortened(name: str, most: int = 22) -> str:
-    """A name that fits into a legend."""
-    return name if len(name) <= most else f"{name[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
+    """A name that fits into a legend: names of exports differ at the end."""
+    if len(name) <= most:
+        return name
+    end = (most - 1) // 2
+    return f"{name[: most - 1 - end]}\N{HORIZONTAL ELLIPSIS}{name[-end:]}"
 
 
 def mean(values: Sequence[float]) -> float:

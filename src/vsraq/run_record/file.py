@@ -27,8 +27,8 @@ class RouterEntry(StrictModel):
 
     name: str
     refit: bool
-    logit_error: tuple[float, float] = Field(strict=False)
-    jaccard: tuple[float, float] | None = Field(strict=False)
+    logit_error: tuple[float | None, float | None] = Field(strict=False)
+    jaccard: tuple[float | None, float | None] | None = Field(strict=False)
 
 
 class BlockEntry(StrictModel):
@@ -39,7 +39,7 @@ class BlockEntry(StrictModel):
     iterations: int
     best_iteration: int
     losses: dict[str, list[float | None]]
-    weights: dict[str, float]
+    weights: dict[str, float | None]
     routers: list[RouterEntry]
 
 
@@ -53,7 +53,7 @@ class Seconds(StrictModel):
 class Peak(StrictModel):
     """Memory in MiB."""
 
-    host: float
+    host: float | None
     devices: dict[str, float]
 
 
@@ -73,7 +73,7 @@ class RunFile(StrictModel):
 
 
 def block_entry(result: BlockResult) -> dict[str, Any]:
-    """Return what the file says of a block; a loss that is not finite is null."""
+    """Return what the file says of a block; what is not finite is null."""
     return {
         "name": result.block.name,
         "seconds": round(result.seconds, 3),

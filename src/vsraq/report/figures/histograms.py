@@ -214,13 +214,13 @@ def _draw_change(axes: Any, replay: Replay) -> dict[str, list[str]]:
     bins = zip(found.edges[:-1], found.edges[1:], found.counts, strict=True)
     for index, (low, high, count) in enumerate(bins):
         gid = f"change-{index}"
-        better = low + high < 0
+        side = MUTED if low < 0 < high else _BLUE if high <= 0 else _VERMILION
         axes.bar(
             low,
             100 * count / found.total,
             width=high - low,
             align="edge",
-            color=_BLUE if better else _VERMILION,
+            color=side,
             edgecolor="#ffffff",
             linewidth=0.3,
             gid=gid,

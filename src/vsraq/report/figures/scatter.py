@@ -39,7 +39,7 @@ def draw_regions(folder: Folder) -> list[Picture]:
     for index, (name, axes) in enumerate(zip(tokens, every, strict=True)):
         found = tokens[name]
         _points(axes, found["routing_shift"], found["sampled_jsd"], index)
-        near_zero_axis(axes.yaxis, limits.sampled_jsd / 10)
+        near_zero_axis(axes.yaxis, _start(limits.sampled_jsd))
         axes.set_xlim(0, right)
         axes.set_ylim(0, 1)
         tips |= _draw_limits(axes, results, name, index)
@@ -61,6 +61,11 @@ def draw_regions(folder: Folder) -> list[Picture]:
     ]
 
 
+def _start(threshold: float) -> float:
+    """Where an axis of divergences becomes logarithmic; a threshold may be 0."""
+    return max(threshold, 1e-5) / 10
+
+
 def draw_divergences(folder: Folder) -> list[Picture]:
     """Draw full-vocabulary JSD against Sampled-JSD.
 
@@ -70,7 +75,7 @@ def draw_divergences(folder: Folder) -> list[Picture]:
     results, tokens = folder.results, folder.tokens
     if results is None or tokens is None:
         return []
-    start = results.thresholds.sampled_jsd / 10
+    start = _start(results.thresholds.sampled_jsd)
     figure, every = panels(list(tokens))
     for index, (name, axes) in enumerate(zip(tokens, every, strict=True)):
         _points(axes, tokens[name]["jsd"], tokens[name]["sampled_jsd"], index)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses of each block over the iterations of its tuning."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,7 +67,7 @@ def kept(block: RunBlock, losses: Sequence[float]) -> float | None:
     best = block.best_iteration
     if best is None or not 0 <= best < len(losses) or not losses[0] > 0:
         return None
-    return losses[best] / losses[0]
+    return losses[best] / losses[0] if math.isfinite(losses[best]) else None
 
 
 def loss_terms(run: Run) -> list[str]:
