@@ -3,11 +3,13 @@
 
     python benchmarks/compare.py --tokens 10000 100000 1000000
 
-Compares the embedded model with a copy whose weights are rounded to 4 bits. "plain" is
-a forward pass of each of the two models over the same tokens, logits included. Times
-are CPU seconds of one thread, so that other work on the machine does not count; the
-ratio is plain / compare, and the median of `--repeats` with its range. Each number of
-tokens has a process of its own, whose peak memory is given before and after.
+Compares the embedded model with a copy whose weights are rounded to 4 bits; `--wide`
+takes a larger one with random weights, whose blocks cost more beside its vocabulary, as
+those of real models do. "plain" is a forward pass of each of the two models over the
+same tokens, logits included. Times are CPU seconds of one thread, so that other work on
+the machine does not count; the ratio is plain / compare, and the median of `--repeats`
+with its range. Each number of tokens has a process of its own, whose peak memory is
+given before and after.
 """
 
 import argparse
@@ -52,18 +54,37 @@ def peak_mebibytes() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
+def wide_model() -> nn.Module:
+    """12 layers of width 512, 16 experts, 8192 tokens in the vocabulary."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        vocab_size=8192,
+        hidden_size=512,
+        num_hidden_layers=12,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        moe_intermediate_size=256,
+        num_experts=16,
+        num_experts_per_tok=4,
+    )
+    return Qwen3MoeForCausalLM(config).eval()
+
+
 def cpu_seconds(work: Callable[[], object]) -> float:
     started = time.process_time()
     work()
     return time.process_time() - started
 
 
-def measure(tokens: int, repeats: int) -> dict[str, Any]:
+def measure(tokens: int, repeats: int, wide: bool) -> dict[str, Any]:
     import vsraq
     from vsraq.demo.run import load_demo_model
 
     torch.set_num_threads(1)
-    fp_model, q_model = load_demo_model(), rounded(load_demo_model())
+    load = wide_model if wide else load_demo_model
+    fp_model, q_model = load(), rounded(load())
     text = sequences(tokens)
 
     @torch.no_grad()
@@ -100,14 +121,14 @@ def measure(tokens: int, repeats: int) -> dict[str, Any]:
     }
 
 
-def _child(tokens: int, repeats: int, answer: Any) -> None:
-    answer.send(json.dumps(measure(tokens, repeats)))
+def _child(tokens: int, repeats: int, wide: bool, answer: Any) -> None:
+    answer.send(json.dumps(measure(tokens, repeats, wide)))
 
 
-def in_a_process(tokens: int, repeats: int) -> dict[str, Any]:
+def in_a_process(tokens: int, repeats: int, wide: bool = False) -> dict[str, Any]:
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(tokens, repeats, send))
+    process = context.Process(target=_child, args=(tokens, repeats, wide, send))
     process.start()
     send.close()
     found: dict[str, Any] = json.loads(receive.recv())
@@ -133,6 +154,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--repeats", type=int, default=3, help="0 measures memory only")
+    parser.add_argument("--wide", action="store_true", help="a model of 70 M weights")
     arguments = parser.parse_args()
     print(
         f"{'':9}{'peak MiB':>20}{'us of CPU per token of both models':>30}\n"
@@ -140,4 +162,5 @@ if __name__ == "__main__":
         f"{'ratio':>8}  range"
     )
     for tokens in arguments.tokens:
-        print(format_row(in_a_process(tokens, arguments.repeats)), flush=True)
+        found = in_a_process(tokens, arguments.repeats, arguments.wide)
+        print(format_row(found), flush=True)
