@@ -86,7 +86,11 @@ def test_a_data_set_in_a_folder(tmp_path):
         ("short.txt", ValueError, r"it has 5 tokens and a window 32; allowed"),
         ("empty.safetensors", ValueError, "no tensor input_ids in it"),
         ([], ValueError, "it has no sequence"),
-        ([torch.full((4,), 0.5)], ValueError, "a sequence of 4 values in torch.float32"),
+        (
+            [torch.full((4,), 0.5)],
+            ValueError,
+            "a sequence of 4 values in torch.float32",
+        ),
         (torch.zeros(1, 1, 1), ValueError, r"shape \(1, 1, 1\)"),
         ([torch.zeros(1).long()], ValueError, "at least 2 token ids"),
     ],

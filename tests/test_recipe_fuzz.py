@@ -12,6 +12,7 @@ from vsraq.autoround import VSRAQConfig
 from vsraq.autoround.option_types import SignRoundOptions
 from vsraq.cli import main
 from vsraq.demo import model_path
+from vsraq.hyperparameters import ALLOWED
 from vsraq.recipe import load_recipe, parse_recipe
 from vsraq.recipe.keys import CalibrationKeys, RecipeKeys, RuntimeKeys
 from vsraq.recipe.recipe import config_arguments
@@ -124,7 +125,16 @@ def check_refused(error):
     assert message
     assert "\n" not in message
     assert len(message) < 3000
-    names = [*KEYS, *OPTIONS, "not YAML", "override", "unknown key", "missing", "line "]
+    names = [
+        *KEYS,
+        *OPTIONS,
+        *ALLOWED,
+        "not YAML",
+        "override",
+        "unknown key",
+        "missing",
+        "line ",
+    ]
     assert any(name in message for name in names) or "holds a" in message, message
 
 

@@ -378,6 +378,13 @@ def exported(tmp_path_factory):
     return load_model(source), load_model(folder)
 
 
+def test_an_export_leaves_the_classes_of_its_family(exported):
+    """AutoRound gives the loaded model another MoE block, and all that come after."""
+    model, q_model = (m.model.layers[0].mlp for m in exported)
+    assert type(q_model) is not type(model)
+    assert type(tiny.tiny_model("qwen3_moe").model.layers[0].mlp) is type(model)
+
+
 def test_an_export_whose_router_returns_logits_only(exported):
     model, q_model = exported
     router, q_router = (m.model.layers[0].mlp.gate for m in exported)

@@ -58,7 +58,7 @@ def test_the_loss_keeps_its_ranks_only_and_the_refit_two_bytes(quantize, terms):
     def spy(self, fp_routers):
         for router in self.routers:
             kept[self.full_name(router)] = fp_routers.logits[router.name]
-        refit(self, fp_routers)
+        return refit(self, fp_routers)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(AlignedBlock, "refit", spy)

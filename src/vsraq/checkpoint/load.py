@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load checkpoints through transformers, without two of its silent errors."""
+"""Load checkpoints through transformers, without three of its silent errors."""
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -28,11 +32,13 @@ from vsraq.checkpoint.reader import Checkpoint
 def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     """Load a full-precision checkpoint or an export through transformers.
 
-    Two errors would go unnoticed otherwise:
+    Three errors would go unnoticed otherwise:
 
     - Loading an `auto_round` MoE export switches off, for the whole process, the
       conversion that fuses experts, so that every later full-precision model of that
       family gets random experts. Here the conversion is put back afterwards.
+    - For some families (Qwen3-MoE, GLM-4 MoE, DeepSeek-V3, ...) it also replaces the
+      class of their MoE block. Here the class is put back, too.
     - transformers dequantizes compressed-tensors NVFP4 experts without their global
       scale (huggingface/transformers#48371). Here such an export is refused.
 
@@ -59,7 +65,8 @@ def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
                 "(huggingface/transformers#48371); allowed are other formats; serve "
                 "this one with vLLM, or export in auto_round format to load it here"
             )
-    with _same_conversion_afterwards(config["model_type"]):
+    family = config["model_type"]
+    with _same_conversion_afterwards(family), _same_classes_afterwards(family):
         model: PreTrainedModel = model_class(config).from_pretrained(path, **kwargs)
     return model.eval()
 
@@ -96,6 +103,30 @@ def _same_conversion_afterwards(model_type: str) -> Iterator[None]:
             register_checkpoint_conversion_mapping(
                 model_type, conversion, overwrite=True
             )
+
+
+@contextmanager
+def _same_classes_afterwards(model_type: str) -> Iterator[None]:
+    """Put the classes of a family back, whatever a loader does to them."""
+    family = model_type_to_module_name(model_type)
+    name = f"transformers.models.{family}.modeling_{family}"
+    known = find_spec(f"transformers.models.{family}") is not None  # no remote code
+    if known and find_spec(name) is not None:
+        import_module(name)
+    modules = [
+        module
+        for found, module in list(sys.modules.items())
+        if found.startswith("transformers.models.") and ".modeling_" in found
+    ]
+    before = [
+        (module, {n: c for n, c in vars(module).items() if isinstance(c, type)})
+        for module in modules
+    ]
+    try:
+        yield
+    finally:
+        for module, classes in before:
+            vars(module).update(classes)
 
 
 def model_class(config: Mapping[str, Any]) -> Any:
