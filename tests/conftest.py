@@ -8,12 +8,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("AR_WORK_SPACE", tempfile.mkdtemp(prefix="vsraq-tests-"))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from contextlib import ExitStack
+
 import pytest
 from auto_round import AutoRound
+from auto_round.modeling.unfused_moe import MODEL_CONFIG
 from hypothesis import HealthCheck, settings
 
 import tiny
 from vsraq.autoround.block_tuning import BlockTuning
+from vsraq.checkpoint.load import _same_classes_afterwards
 from vsraq.demo.run import load_tokenizer
 from vsraq.demo.text import documents
 
@@ -58,6 +62,15 @@ def _skip_what_other_modules_have_left():
 def full(pytestconfig):
     """Whether every case is to run, not some of each kind."""
     return pytestconfig.getoption("--full")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def classes_of_transformers():
+    """A run of AutoRound replaces MoE blocks of some families for its process."""
+    with ExitStack() as stack:
+        for family in MODEL_CONFIG:
+            stack.enter_context(_same_classes_afterwards(family))
+        yield
 
 
 @pytest.fixture
