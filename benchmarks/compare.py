@@ -15,15 +15,15 @@ given before and after.
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from vsraq.run_record.peak_memory import peak_mebibytes
 
 BATCH = 8
 SEQLEN = 256
@@ -47,11 +47,6 @@ def sequences(tokens: int) -> Tensor:
     windows = token_windows(load_tokenizer(), "heldout", seqlen=SEQLEN)
     count = -(-tokens // SEQLEN)
     return windows.repeat(-(-count // len(windows)), 1)[:count]
-
-
-def peak_mebibytes() -> float:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def wide_model() -> nn.Module:
@@ -95,12 +90,12 @@ def measure(tokens: int, repeats: int, wide: bool) -> dict[str, Any]:
 
     # imports and first calls are not what is measured
     vsraq.compare(fp_model, q_model, text[: 2 * BATCH], batch_size=BATCH)
-    before = peak_mebibytes()
+    before = peak_mebibytes()["host"]
     compared = [
         cpu_seconds(lambda: vsraq.compare(fp_model, q_model, text, batch_size=BATCH))
         for _ in range(1)
     ]
-    after = peak_mebibytes()
+    after = peak_mebibytes()["host"]
     plain_seconds = []
     for repeat in range(repeats):
         plain_seconds.append(cpu_seconds(plain))

@@ -299,11 +299,6 @@ def _folder(output: Path | None) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _size(path: Path) -> float:
-    files = path.glob("*.safetensors")
-    return sum(file.stat().st_size for file in files) / 2**20
-
-
 def format_table(compared: Comparison, exports: Sequence[Export]) -> str:
     """Format a comparison as a table of fixed-width columns."""
     fp = compared.full_precision
@@ -313,7 +308,7 @@ def format_table(compared: Comparison, exports: Sequence[Export]) -> str:
         ["scheme", "method", *figures, "seconds", "MiB"],
         ["bfloat16", "none", f"{fp.perplexity.value:.3f}", "0.0000", *ones, "0"],
     ]
-    lines[1].append(f"{_size(model_path()):.2f}")
+    lines[1].append(f"{fp.mebibytes:.2f}")
     for export in exports:
         found = compared.methods[export.name]
         jaccard = [found.metrics["jaccard"]]
@@ -326,7 +321,7 @@ def format_table(compared: Comparison, exports: Sequence[Export]) -> str:
                 f"{found.metrics['kl'].value:.4f}",
                 *(f"{interval.value:.4f}" for interval in jaccard),
                 f"{export.seconds:.0f}",
-                f"{_size(export.path):.2f}",
+                f"{found.mebibytes:.2f}",
             ]
         )
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
