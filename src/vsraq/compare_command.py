@@ -6,12 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-
-def _method(text: str) -> tuple[str, str]:
-    name, separator, path = text.partition("=")
-    if not (name and separator and path):
-        raise argparse.ArgumentTypeError(f"{text!r}: allowed is NAME=PATH")
-    return name, path
+from vsraq.argument_types import named_path
 
 
 def add_compare(commands: Any) -> argparse.ArgumentParser:
@@ -26,7 +21,7 @@ def add_compare(commands: Any) -> argparse.ArgumentParser:
     add("q_model", metavar="QUANTIZED", nargs="?", help="the folder of an export")
     add(
         "--method",
-        type=_method,
+        type=named_path,
         action="append",
         default=[],
         metavar="NAME=PATH",
