@@ -22,9 +22,8 @@ import random
 import statistics
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,19 @@ from auto_round import AutoRound, AutoScheme
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from torch import nn
 
+import bits_tables
 import routing
 import vsraq
+from bits_grid import (
+    BUDGETS,
+    RECIPES,
+    SCHEMES,
+    WITH_HEAD,
+    Budget,
+    Cell,
+    grid,
+    key,
+)
 from vsraq.analysis import closeness
 from vsraq.autoround import planning
 from vsraq.autoround.export_sizes import ExportSizes
@@ -53,83 +63,6 @@ PLANS = routing.ROOT / "out" / "plans"
 PLANNING_WINDOWS = 16  # of 256 tokens
 PLANNING_SEED = 100  # calibration windows of no cell's seed
 PLANNING_DATASET = "vsraq-planning"
-SCHEMES = ("W4A16", "W3A16", "NVFP4")
-# plain AutoRound, our default, and the default's parts
-RECIPES: dict[str, dict[str, Any] | None] = {
-    "AutoRound": None,
-    "default": {},
-    "re-fit": {"realign_routers": True},
-    "own + re-fit": {"router_weight": "auto", "realign_routers": True},
-    "next + re-fit": {"next_router_weight": "auto", "realign_routers": True},
-}
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Bytes to spend, and who has to load the result.
-
-    Attributes:
-        share: Beyond the uniform export, %; None for the bytes of all attention and
-            shared experts in 8 bits.
-        engine: Whose rules plans and AutoScheme obey.
-    """
-
-    share: float | None
-    engine: str | None
-
-
-BUDGETS = {
-    "uniform": Budget(0.0, None),
-    "-3 %": Budget(-3.0, None),
-    "0 %": Budget(0.0, None),
-    "+1 % vllm": Budget(1.0, "vllm"),
-    "+2 % vllm": Budget(2.0, "vllm"),
-    "+3 % vllm": Budget(3.0, "vllm"),
-    "+3 %": Budget(3.0, None),
-    "+4 %": Budget(4.0, None),
-    "mixed": Budget(None, "vllm"),
-}
-WITH_HEAD = "plan, output head too"
-RANDOM = tuple(f"random {draw}" for draw in range(3))
-# scheme -> budget -> ways to spend it
-WAYS: dict[str, dict[str, tuple[str, ...]]] = {
-    "W4A16": {
-        "uniform": ("uniform", "groups of 64", "groups of 32"),
-        "0 %": ("plan", "AutoScheme", WITH_HEAD, *RANDOM),
-        "+3 % vllm": ("plan", "AutoScheme", "attention first", *RANDOM),
-        "mixed": ("plan", "W4A16_MIXED"),
-        "-3 %": ("plan",),
-        "+1 % vllm": ("plan",),
-        "+2 % vllm": ("plan",),
-        "+4 %": ("plan",),
-    },
-    "W3A16": {
-        "uniform": ("uniform", "groups of 64"),
-        "0 %": ("plan", "AutoScheme", WITH_HEAD, *RANDOM),
-        "+3 %": ("plan", "AutoScheme", "attention first"),
-        "-3 %": ("plan",),
-    },
-    "NVFP4": {
-        "uniform": ("uniform",),
-        "+4 %": ("plan", "AutoScheme", "attention first", *RANDOM),
-    },
-}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run; its fields are the key of its line in the results file."""
-
-    model: str
-    weights: str
-    scheme: str
-    budget: str
-    way: str
-    recipe: str
-    seed: int
-    iters: int
-    nsamples: int
-    windows: int
 
 
 # ── sizes ─────────────────────────────────────────────────────────────────────
@@ -214,12 +147,12 @@ def spend(cell: Cell) -> dict[str, Any]:
 
 def plan(cell: Cell) -> dict[str, Any]:
     """The exceptions of the plan with the least damage within a cell's budget."""
-    budget, head = BUDGETS[cell.budget], cell.way == WITH_HEAD
-    known = sizes(cell.model, cell.scheme, budget.engine, head)
+    budget = BUDGETS[cell.budget]
+    known = sizes(cell.model, cell.scheme, budget.engine, cell.way == WITH_HEAD)
     chosen = planning.choose(
         known.units,
         known.candidates,
-        measured(cell.model, cell.scheme, budget.engine, head)[0],
+        measured(cell.model, cell.scheme, budget.engine),
         planning.Sizes(known.export.bytes_of, known.limit(budget)),
         {"kl": 1.0},
     )
@@ -227,14 +160,16 @@ def plan(cell: Cell) -> dict[str, Any]:
 
 
 @cache
-def measured(
-    model: str, scheme: str, engine: str | None, head: bool
-) -> tuple[planning.Measured, float]:
-    """What rounding does to a model, and the CPU seconds that it took to measure."""
+def measured(model: str, scheme: str, engine: str | None) -> planning.Measured:
+    """What rounding does to a model.
+
+    Where a budget has plans with the output head, the head is measured too. Nothing
+    else changes: its own scheme is bfloat16.
+    """
+    head = engine is None and scheme != "NVFP4"
     known = sizes(model, scheme, engine, head)
     parts = [model, routing.weights_hash(model), scheme, engine or "any"]
-    path = PLANS / "-".join([*parts, *(["head"] * head)])
-    path = path.with_suffix(".json")
+    path = PLANS / f"{'-'.join(parts)}.json"
     if not path.exists():
         prepared = PreparedModel.of(
             routing.load_bench_model(model),
@@ -247,8 +182,10 @@ def measured(
         found = planning.measure_units(
             prepared.model, known.units, known.candidates, list(windows.split(1))
         )
+        seconds = time.process_time() - started
+        print(f"{path.stem}: units measured in {seconds:.0f} CPU s", flush=True)
         lines = {
-            "seconds": time.process_time() - started,
+            "seconds": seconds,
             "uniform": asdict(found.uniform),
             "flip_kl": found.adding.flip_kl,
             "damages": [[*names, asdict(d)] for names, d in found.damages.items()],
@@ -258,8 +195,7 @@ def measured(
     lines = json.loads(path.read_text())
     damages = {(unit, name): Damage(**d) for unit, name, d in lines["damages"]}
     adding = DamageModel(lines["flip_kl"])
-    found = planning.Measured(damages, Damage(**lines["uniform"]), adding)
-    return found, lines["seconds"]
+    return planning.Measured(damages, Damage(**lines["uniform"]), adding)
 
 
 def layers_of(
@@ -364,9 +300,6 @@ def run_cell(
     )
     q_model, _ = run.quantize()
     seconds = time.process_time() - started
-    if cell.way in ("plan", WITH_HEAD):
-        engine, head = BUDGETS[cell.budget].engine, cell.way == WITH_HEAD
-        seconds += measured(cell.model, cell.scheme, engine, head)[1]
     total, active = bytes_of_run(cell, run)
     if cell.scheme == "NVFP4":
         q_model = routing.reload_export(run, folder)
@@ -386,36 +319,6 @@ def bytes_of_run(cell: Cell, run: AutoRound) -> tuple[int, float]:
         total += size
         active += size * unit.read
     return total, active
-
-
-def grid(arguments: argparse.Namespace) -> Iterator[Cell]:
-    for seed in arguments.seeds:
-        for model in arguments.models:
-            weights = routing.weights_hash(model)
-            for scheme in arguments.schemes:
-                for budget, ways in WAYS[scheme].items():
-                    for way in ways:
-                        for recipe in arguments.recipes:
-                            if arguments.budgets and budget not in arguments.budgets:
-                                continue
-                            if arguments.ways and way not in arguments.ways:
-                                continue
-                            yield Cell(
-                                model,
-                                weights,
-                                scheme,
-                                budget,
-                                way,
-                                recipe,
-                                seed,
-                                arguments.iters,
-                                arguments.nsamples,
-                                arguments.windows,
-                            )
-
-
-def key(result: Mapping[str, Any]) -> Cell:
-    return Cell(**{name: result[name] for name in Cell.__dataclass_fields__})
 
 
 def run_cells(arguments: argparse.Namespace) -> None:
@@ -451,209 +354,6 @@ def run_cells(arguments: argparse.Namespace) -> None:
         )
 
 
-# ── tables ────────────────────────────────────────────────────────────────────
-
-
-@dataclass
-class Row:
-    """One way and recipe in one model, scheme and budget, over the seeds."""
-
-    mebibytes: list[float] = field(default_factory=list)
-    active: list[float] = field(default_factory=list)
-    jaccard: list[float] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    nll: list[float] = field(default_factory=list)
-    nll_error: list[float] = field(default_factory=list)
-    jaccard_closed: list[float] = field(default_factory=list)
-    kl_closed: list[float] = field(default_factory=list)
-
-
-Key = tuple[str, str, str, str, str]  # model, scheme, budget, way, recipe
-
-
-def rows(results: Sequence[Mapping[str, Any]]) -> dict[Key, Row]:
-    """Results by cell; gaps are those of uniform AutoRound of the same seed."""
-    plain = {
-        (r["model"], r["weights"], r["scheme"], r["seed"], r["iters"]): r
-        for r in results
-        if (r["way"], r["recipe"]) == ("uniform", "AutoRound")
-    }
-    table: dict[Key, Row] = defaultdict(Row)
-    for result in results:
-        names = ("model", "weights", "scheme", "seed", "iters")
-        reference = plain.get(tuple(result[name] for name in names))
-        if reference is None or "error" in result:
-            continue
-        names = ("model", "scheme", "budget", "way", "recipe")
-        row = table[tuple(result[name] for name in names)]
-        jaccard = statistics.mean(result["jaccard"].values())
-        before = statistics.mean(reference["jaccard"].values())
-        row.mebibytes.append(result["bytes"] / 2**20)
-        row.active.append(result["active"] / 2**20)
-        row.jaccard.append(jaccard)
-        row.kl.append(result["kl"])
-        row.seconds.append(result["seconds"])
-        row.nll.append(result["excess_nll"])
-        row.nll_error.append(result["excess_nll_error"])
-        row.jaccard_closed.append(routing.closed(jaccard, before, 1.0))
-        row.kl_closed.append(routing.closed(result["kl"], reference["kl"], 0.0))
-    return table
-
-
-def format_table(table: Mapping[Key, Row]) -> str:
-    """Every cell: mean over the seeds, and half the range of what is closed."""
-    lines = [
-        "| model | scheme | budget | bytes spent by | tuned by | MiB | active MiB | "
-        "Jaccard | closed % | KL | closed % | NLL beyond full precision | CPU s | "
-        "seeds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    order = [
-        (model, scheme, budget, way, recipe)
-        for model in routing.MODELS
-        for scheme, budgets in WAYS.items()
-        for budget, ways in budgets.items()
-        for way in ways
-        for recipe in RECIPES
-    ]
-    for key_ in order:
-        row = table.get(key_)
-        if row is None:
-            continue
-        spread, mean = routing.spread, statistics.mean
-        lines.append(
-            f"| {' | '.join(key_)} | {mean(row.mebibytes):.3f} | "
-            f"{mean(row.active):.3f} | {mean(row.jaccard):.4f} | "
-            f"{spread(row.jaccard_closed, 1, 100)} | {mean(row.kl):.4f} | "
-            f"{spread(row.kl_closed, 1, 100)} | {mean(row.nll):+.4f} ± "
-            f"{mean(row.nll_error):.4f} | {mean(row.seconds):.0f} | {len(row.kl)} |"
-        )
-    return "\n".join(lines)
-
-
-# what plans are to close of AutoRound's gap, %: (KL, Jaccard)
-AIMS: dict[tuple[tuple[str, ...], str], tuple[float, float]] = {
-    (("W4A16",), "+3 % vllm"): (35.0, 35.0),
-    (("W4A16", "W3A16"), "0 %"): (45.0, 50.0),
-    (("NVFP4",), "+4 %"): (30.0, 30.0),
-}
-
-
-def format_aims(table: Mapping[Key, Row]) -> str:
-    """What plans and the default recipe close, mean over models, beside the aims."""
-    lines = [
-        "| schemes | budget | bytes spent by | cells | Jaccard closed % | aim | "
-        "KL closed % | aim |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for (schemes, budget), (kl, jaccard) in AIMS.items():
-        for way in ("plan", WITH_HEAD, "AutoScheme"):
-            found = [
-                row
-                for (_, *key_), row in table.items()
-                if key_[0] in schemes and key_[1:] == [budget, way, "default"]
-            ]
-            if found:
-                means = [
-                    100 * statistics.mean(map(statistics.mean, closed))
-                    for closed in (
-                        [row.jaccard_closed for row in found],
-                        [row.kl_closed for row in found],
-                    )
-                ]
-                lines.append(
-                    f"| {', '.join(schemes)} | {budget} | {way} | {len(found)} | "
-                    f"{means[0]:.1f} | {jaccard:.0f} | {means[1]:.1f} | {kl:.0f} |"
-                )
-    return "\n".join(lines)
-
-
-def format_duels(table: Mapping[Key, Row]) -> str:
-    """The KL of plans beside that of other ways to spend the same bytes."""
-    lines = [
-        "| bytes spent by | tuned by | plan is ahead | KL of the plan, % less (mean) |"
-        " least | most |",
-        "|---|---|---|---|---|---|",
-    ]
-    ways = ("AutoScheme", "W4A16_MIXED", "attention first", *RANDOM)
-    for way in ways:
-        for recipe in RECIPES:
-            less = [
-                100 * (1 - statistics.mean(plan.kl) / statistics.mean(row.kl))
-                for key_, row in table.items()
-                if key_[3:] == (way, recipe)
-                and (plan := table.get((*key_[:3], "plan", recipe))) is not None
-            ]
-            if less:
-                ahead = sum(value > 0 for value in less)
-                lines.append(
-                    f"| {way} | {recipe} | {ahead} of {len(less)} | "
-                    f"{statistics.mean(less):.1f} | {min(less):.1f} | {max(less):.1f} |"
-                )
-    return "\n".join(lines)
-
-
-def plot(table: Mapping[Key, Row], path: Path) -> None:
-    """KL over bytes: a panel for each model and scheme."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    models = [m for m in routing.MODELS if any(m == key_[0] for key_ in table)]
-    schemes = [n for n in SCHEMES if any(n == key_[1] for key_ in table)]
-    figure, axes = pyplot.subplots(
-        len(models),
-        len(schemes),
-        figsize=(3 * len(schemes), 1 + 2.4 * len(models)),
-        squeeze=False,
-    )
-    panels = [(model, scheme) for model in models for scheme in schemes]
-    markers = {
-        "uniform": "s",
-        "plan": "o",
-        WITH_HEAD: "*",
-        "AutoScheme": "^",
-        "W4A16_MIXED": "D",
-        "attention first": "v",
-    }
-    for axis, panel in zip(axes.flat, panels, strict=True):
-        for key_, row in table.items():
-            if key_[:2] != panel:
-                continue
-            _, _, _, way, recipe = key_
-            axis.plot(
-                statistics.mean(row.mebibytes),
-                statistics.mean(row.kl),
-                markers.get(way, "x"),
-                color="tab:blue" if recipe == "default" else "tab:orange",
-                label=f"{way}, {recipe}",
-                fillstyle="full" if way == "plan" else "none",
-            )
-        low, high = axis.get_xlim()
-        middle, half = (low + high) / 2, max(high - low, 0.06 * high) / 2
-        axis.set_xlim(middle - half, middle + half)  # ways may have the same bytes
-        axis.set_ylim(bottom=0)
-        axis.set_title(" ".join(panel), fontsize=8)
-        axis.tick_params(labelsize=7)
-    figure.supxlabel("export, MiB", fontsize=8)
-    figure.supylabel("KL to full precision, nats", fontsize=8)
-    handles = {}
-    for axis in axes.flat:
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            handles.setdefault(label, handle)
-    figure.legend(
-        handles.values(),
-        handles.keys(),
-        fontsize=6,
-        loc="outside lower center",
-        ncols=4,
-    )
-    figure.set_layout_engine("constrained")
-    figure.savefig(path, dpi=150)
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -683,18 +383,11 @@ if __name__ == "__main__":
     if arguments.command == "run":
         run_cells(arguments)
     else:
-        found = rows(routing.read_results(arguments.results))
+        results = routing.read_results(arguments.results)
+        tables = bits_tables.tables(results)
         if arguments.command == "document":
-            routing.write_document(
-                arguments.path,
-                {
-                    "bits aims": format_aims(found),
-                    "bits duels": format_duels(found),
-                    "bits": format_table(found),
-                },
-            )
+            routing.write_document(arguments.path, tables)
         else:
-            print(format_aims(found), format_duels(found), sep="\n\n", end="\n\n")
-            print(format_table(found))
+            print("\n\n".join(tables.values()))
             if arguments.plot:
-                plot(found, arguments.plot)
+                bits_tables.plot(bits_tables.rows(results), arguments.plot)

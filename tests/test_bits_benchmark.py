@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import bits
+import bits_grid
+import bits_tables
 import routing
 from vsraq.bits.engines import ENGINES
 
@@ -55,7 +57,7 @@ def test_cells_spend_the_bytes_of_their_budget(command, tmp_path):
 
 
 def result(seed, way, kl, jaccard, recipe="AutoRound"):
-    cell = bits.Cell("solar_open", "x", "W4A16", "0 %", way, recipe, seed, 50, 32, 128)
+    cell = bits_grid.Cell("solar_open", "x", "W4A16", "0 %", way, recipe, seed, 50, 32, 128)
     figures = {"bytes": 2**20, "active": 2**19, "kl": kl, "jaccard": {"a": jaccard}}
     figures |= {"seconds": 60.0}
     return vars(cell) | figures | {"excess_nll": 0.01, "excess_nll_error": 0.002}
@@ -70,13 +72,13 @@ def test_the_gap_is_that_of_autoround_with_the_same_seed():
         result(2, "plan", 0.15, 0.90),  # nothing to compare it with
         {"error": "fails"} | result(0, "AutoScheme", 1.0, 0.5),
     ]
-    table = bits.rows(results)
+    table = bits_tables.rows(results)
     row = table["solar_open", "W4A16", "0 %", "plan", "AutoRound"]
     assert row.kl == [0.05, 0.15]
     assert row.kl_closed == pytest.approx([0.5, 0.25])
     assert row.jaccard_closed == pytest.approx([0.5, 0.5])
     assert set(key[3] for key in table) == {"uniform", "plan"}
-    line = bits.format_table(table).splitlines()[-1]
+    line = bits_tables.format_table(table).splitlines()[-1]
     assert line.split(" | ")[5:] == [
         "1.000",
         "0.500",
@@ -85,9 +87,24 @@ def test_the_gap_is_that_of_autoround_with_the_same_seed():
         "0.1000",
         "37.5 ± 12.5",
         "+0.0100 ± 0.0020",
-        "60",
         "2 |",
     ]
+
+
+def test_a_recipe_is_compared_with_autoround_on_the_same_bytes():
+    results = [
+        result(0, "uniform", 0.10, 0.90),
+        result(0, "plan", 0.04, 0.96),
+        result(0, "plan", 0.03, 0.97, "default"),
+        result(1, "uniform", 0.10, 0.90),
+        result(1, "plan", 0.06, 0.94),
+        result(1, "plan", 0.06, 0.95, "default"),
+    ]
+    table = bits_tables.format_recipes(bits_tables.rows(results))
+    assert table.splitlines()[2:] == ["| plan | default | 1 | 20.0 | 10.0 | +0.0000 |"]
+    longer = [line | {"iters": 200} for line in results]
+    assert bits_tables.tables(results)["bits long"].count("\n") == 1
+    assert bits_tables.tables(longer)["bits"].count("\n") == 1
 
 
 def test_the_document_shows_what_the_command_prints(command, tmp_path):
@@ -100,8 +117,8 @@ def test_the_document_shows_what_the_command_prints(command, tmp_path):
 
 def test_every_result_is_of_a_way_that_is_there():
     for line in routing.read_results(bits.RESULTS):
-        assert line["way"] in bits.WAYS[line["scheme"]][line["budget"]]
-        assert line["recipe"] in bits.RECIPES
+        assert line["way"] in bits_grid.WAYS[line["scheme"]][line["budget"]]
+        assert line["recipe"] in bits_grid.RECIPES
 
 
 def test_the_page_has_every_rule_and_its_source():
