@@ -434,6 +434,7 @@ class Row:
     jaccard: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
     perplexity: list[float] = field(default_factory=list)
+    nll: list[float] = field(default_factory=list)  # beyond AutoRound's, nats
     jaccard_closed: list[float] = field(default_factory=list)
     kl_closed: list[float] = field(default_factory=list)
     time_ratio: list[float] = field(default_factory=list)
@@ -469,6 +470,7 @@ def rows(
         row.jaccard.append(own["Jaccard"])
         row.kl.append(own["KL"])
         row.perplexity.append(own["perplexity"])
+        row.nll.append(math.log(own["perplexity"] / plain["perplexity"]))
         row.jaccard_closed.append(closed(own["Jaccard"], plain["Jaccard"], 1.0))
         row.kl_closed.append(closed(own["KL"], plain["KL"], 0.0))
         row.time_ratio.append(own["seconds"] / plain["seconds"])
@@ -537,6 +539,42 @@ def format_summary(
     return "\n".join(lines)
 
 
+def format_likelihood(results: Sequence[dict[str, Any]]) -> str:
+    """Next-token loss beyond AutoRound's of the same seed, by calibration windows."""
+    lines = [
+        "| method | calibration windows | held-out text | WikiText-2 | cells |",
+        "|---|---|---|---|---|",
+    ]
+    tables = {
+        (nsamples, text): run_everywhere(
+            rows(results, text, 50, nsamples), SUMMARY_SCHEMES
+        )
+        for nsamples in (32, 128)
+        for text in ("heldout", "wikitext")
+    }
+    for method in METHODS:
+        for nsamples in (32, 128):
+            cells = [
+                [
+                    statistics.mean(row.nll)
+                    for (_, scheme, name), row in tables[nsamples, text].items()
+                    if name == method and scheme in SUMMARY_SCHEMES
+                ]
+                for text in ("heldout", "wikitext")
+            ]
+            if method in ("RTN", "AutoRound") or not all(cells):
+                continue
+            shown = [
+                f"{statistics.mean(values):+.4f} ± "
+                f"{statistics.stdev(values) / math.sqrt(len(values)):.4f}"
+                for values in cells
+            ]
+            lines.append(
+                f"| {method} | {nsamples} | {' | '.join(shown)} | {len(cells[0])} |"
+            )
+    return "\n".join(lines)
+
+
 def run_everywhere(
     table: dict[tuple[str, str, str], Row], schemes: Sequence[str]
 ) -> dict[tuple[str, str, str], Row]:
@@ -583,6 +621,7 @@ def document_parts(results: Sequence[dict[str, Any]]) -> dict[str, str]:
         "table": format_table(few),
         "table, 128 windows": format_table(many),
         "table, 200 iterations": format_table(rows(results, "heldout", 200, 128)),
+        "likelihood": format_likelihood(results),
         "selected": format_selected(results),
     }
 

@@ -120,6 +120,22 @@ def result(method, seed, jaccard, kl, seconds):
     }
 
 
+def test_the_likelihood_is_compared_within_a_seed():
+    results = []
+    for scheme, more in (("W4A16", 1.02), ("W3A16", 1.04)):
+        for seed, perplexity in ((0, 9.0), (1, 12.0)):
+            for method, factor in (("AutoRound", 1.0), ("VSRAQ", more)):
+                line = result(method, seed, 0.9, 0.1, 1) | {"scheme": scheme}
+                own = line["heldout"] | {"perplexity": perplexity * factor}
+                results.append(line | {"heldout": own, "wikitext": own})
+    few, many = results, [line | {"nsamples": 128} for line in results]
+    lines = routing.format_likelihood([*few, *many]).splitlines()[2:]
+    shown = "+0.0295 ± 0.0097"  # of ln 1.02 and ln 1.04
+    assert lines == [
+        f"| VSRAQ | {windows} | {shown} | {shown} | 2 |" for windows in (32, 128)
+    ]
+
+
 def test_the_share_of_the_gap_is_taken_within_a_seed():
     results = [
         result("AutoRound", 0, 0.8, 0.10, 10),
