@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 # Needs Python >= 3.11 with pip, and make. Everything else goes into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -5,8 +6,9 @@ STAMP := .venv/installed
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-full test-families test-range test-nightly test-gpu \
-    test-report test-llmcompressor lint families bench-overhead bench-routing train-demo clean
+.PHONY: demo dist test test-full test-families test-range test-nightly test-gpu \
+    test-report test-package test-llmcompressor lint families bench-overhead \
+    bench-routing train-demo clean
 
 demo: $(STAMP)
 	$(BIN)/vsraq demo
@@ -42,6 +44,15 @@ test-gpu: $(STAMP)
 test-report: $(STAMP)
 	VSRAQ_BROWSER_REQUIRED=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
 	    tests/test_report.py tests/test_report_browser.py
+
+# the wheel, in environments with nothing but what it asks for
+test-package: $(STAMP)
+	VSRAQ_TEST_PACKAGE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/package
+
+# what a release uploads
+dist: $(STAMP)
+	rm -rf dist
+	$(BIN)/python -m hatchling build
 
 # an environment of its own, because llmcompressor's metadata forbids our versions
 LLMC := .venv-llmcompressor

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `verify` costs at size: time and memory against reading the files once.
 
     python benchmarks/verify.py                           # 60 layers x 256 experts

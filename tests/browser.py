@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The system's chromium, driven by playwright, whose own browsers are not used."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The slow twin of `vsraq.compare`: every figure, token by token, in plain Python."""
 
 import math

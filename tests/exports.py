@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny real exports in every format that can be verified, and ways to break them."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A tiny random model of every MoE family of the installed transformers."""
 
 from dataclasses import fields

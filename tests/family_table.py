@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What works for each MoE family of transformers, found by running it.
 
     python tests/family_table.py      # all of them; writes src/vsraq/families.md

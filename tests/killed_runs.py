@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs of AutoRound that are killed at a write, and what the same command does then.
 
 A process of its own, because it forks: AutoRound is imported once, and every run is a

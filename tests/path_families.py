@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Quantize one tiny model of each family from a path; print one JSON line for each.
 
     python path_families.py export|keep FAMILY...

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Select tokens of one tiny model in memory and from a path; print JSON lines.
 
     python path_rounded_pass.py FAMILY

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny models as AutoRound prepares them for a plan."""
 
 from auto_round import AutoRound

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One of two processes that tune together; run by test_several_processes.py.
 
     python process_of_two.py FOLDER RANK

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Public models of which only the config is here: config.json files to look at."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table of docs/recipes.md: PYTHONPATH=benchmarks python tests/recipe_table.py."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Slow loop twins of our losses and metrics: the papers' formulas, token by token."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A family whose quantized twin replays the routing: what has to hold for each."""
 
 import copy

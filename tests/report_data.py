@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files as `vsraq compare` and `vsraq quantize` write them, with made-up numbers."""
 
 import json

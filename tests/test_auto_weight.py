@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Automatic weights: balanced once per block, then as if they had been given."""
 
 from types import SimpleNamespace

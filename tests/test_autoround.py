@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The plug-in inside real AutoRound runs on tiny models."""
 
 import shutil

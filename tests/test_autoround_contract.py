@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What this package relies on inside AutoRound; a failure here says what has moved."""
 
 import inspect

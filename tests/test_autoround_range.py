@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """AutoRound's schemes, options and formats, each with both router losses inside."""
 
 from dataclasses import dataclass, field

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The routing benchmark: its cells, its arithmetic, and the documents that quote it."""
 
 import json

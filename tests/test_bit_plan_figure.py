@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A bit plan as a table and as a figure."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`bits` in recipes, and `vsraq plan`: made, kept, found again, or refused."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bit plan beside an export: `verify` finds layers that are not as planned."""
 
 import json

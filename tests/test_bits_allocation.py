@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How damages add, and the choice of schemes on them."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Measured damage as a method of AutoRound's AutoScheme."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark of bit plans: its cells, its arithmetic, and what quotes it."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The choice of schemes against every choice there is."""
 
 import ctypes

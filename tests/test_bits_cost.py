@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What planning costs, said beforehand, and what it really takes."""
 
 import pytest

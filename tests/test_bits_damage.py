@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What rounding a unit does, against whole models that AutoRound itself has rounded."""
 
 from dataclasses import replace

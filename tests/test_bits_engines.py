@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rules of engines, and exceptions as AutoRound and engines understand them."""
 
 import random

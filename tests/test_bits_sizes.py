@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bytes of a plan against the files of real exports, and what these are worth."""
 
 from pathlib import Path

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which layers share a scheme, found in models as AutoRound prepares them."""
 
 import functools

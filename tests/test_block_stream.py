@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Routers of whole models re-fitted block by block, against passes from the start."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Calibration text: the hub's layouts, samples of it, and AutoRound's use of them."""
 
 import inspect

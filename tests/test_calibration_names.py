@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a name of data sets means, and which names stay AutoRound's own."""
 
 import pytest

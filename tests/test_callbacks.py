@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What hears of a run hears all of it, and costs nothing without listeners."""
 
 import pytest

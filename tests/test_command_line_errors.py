@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bad input on the command line: one line, a documented status, before any work."""
 
 import json

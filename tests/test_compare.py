@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`vsraq.compare`: every figure against its slow twin, and what it refuses."""
 
 import copy

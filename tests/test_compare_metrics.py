@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parts of a comparison against slow twins, on random inputs."""
 
 import math

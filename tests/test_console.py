@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One line on the screen, the log in a file, and nothing left behind."""
 
 import io

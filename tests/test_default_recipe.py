@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`VSRAQConfig()`: the recipe, and what naming one of its parts does to the others."""
 
 from dataclasses import replace

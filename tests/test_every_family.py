@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every MoE family of transformers: what `vsraq families` says of it is still so."""
 
 import families

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The example scripts that hold no arguments, on a tiny model."""
 
 import difflib

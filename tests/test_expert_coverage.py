@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tokens per expert: counted in the run, logged, and written beside the export."""
 
 import json

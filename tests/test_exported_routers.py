@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Re-fitted routers on disk: the tuned ones, whatever dtype the source has."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every supported family through a real AutoRound run, in memory and from a path."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What needs CUDA: the same runs as on the CPU, on a card.
 
 Tolerances are wide where two ways to compute meet. Kernels add up in another order, so

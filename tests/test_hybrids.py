@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Hybrids: one mask for Mamba, attention and MoE layers alike."""
 
 import pytest

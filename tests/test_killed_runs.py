@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Killed runs end, when they are run again, as if they had never been killed."""
 
 import json

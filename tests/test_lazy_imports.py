@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is imported when: light modules need no AutoRound; it is registered anyway."""
 
 import subprocess

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A block that AutoRound gets without its model, as llm-compressor gives it."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the block that is looked ahead at runs."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What better routing would be worth: the experiment of SRA Fig. 4."""
 
 import json

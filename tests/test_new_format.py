@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A new export format is a class and a row of the table, as CONTRIBUTING says.
 
 compressed-tensors knows MXFP6, which AutoRound does not export: it writes the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A new loss is a function and a row of the table, as CONTRIBUTING says."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The next router's logits, from memory and from disk, through real runs."""
 
 import shutil

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """AutoRound's own options are checked before a model is touched."""
 
 import inspect

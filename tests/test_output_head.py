@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The model's own code behind its last block, against its own full forward."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The probe of the automatic weights holds one gradient at a time."""
 
 import weakref

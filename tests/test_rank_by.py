@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`rank_by="selection"`: the ranks of the losses are those of the real choice."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Routers re-fitted inside AutoRound's runs, exported, and verified."""
 
 import json

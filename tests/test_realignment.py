@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Routers re-fitted in closed form, against numpy and on real models."""
 
 import copy

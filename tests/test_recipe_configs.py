@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every recipe in configs/, dry-run on its model's public config values."""
 
 import re

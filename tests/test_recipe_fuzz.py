@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mutated recipes: a recipe in order, or one line that names what is wrong."""
 
 import math

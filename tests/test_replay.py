@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The routing of one model, replayed in another."""
 
 import copy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Figures and the report from files; the browser's part is test_report_browser.py."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The report in a real browser: two widths, both colour schemes, keyboard, print."""
 
 import re

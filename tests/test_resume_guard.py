@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which unfinished runs are resumed, which are refused, and what is said then.
 
 What a killed run ends with is tested in test_killed_runs.py.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tokens selected inside real AutoRound runs, against whole models."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`vsraq_run.json` beside an export, also of runs that were resumed."""
 
 import json

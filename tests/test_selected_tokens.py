@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs that align their routers on selected tokens only."""
 
 import gc

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A router's rule is what the router does: learned from it, or not claimed."""
 
 import math

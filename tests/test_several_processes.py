@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two real processes that tune one model together, each on half of the samples."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is kept and computed stays small: bounds that do not depend on the machine."""
 
 from argparse import Namespace

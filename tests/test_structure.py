@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What CONTRIBUTING says of the structure is so."""
 
 import ast

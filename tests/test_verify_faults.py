@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every kind of fault, planted into an export of every format, is found and named."""
 
 import pytest

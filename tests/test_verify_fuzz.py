@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Corrupted exports: a fault or a documented error, or nothing was changed in meaning.
 
 Against the tuned model every bit of a quantized layer counts, so files are changed byte

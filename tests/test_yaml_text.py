@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recipes are YAML 1.2, UTF-8, and nothing that could hide something."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny random models of real families, and what they need to go through AutoRound."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """llm-compressor's `oneshot` with our configuration, and what it lacks upstream.
 
 The last three tests describe llm-compressor 0.14.0.1. One that fails says that upstream

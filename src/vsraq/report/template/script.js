@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 "use strict";
 // Tables: a column head sorts its rows; what has no value stays last.
 const said = document.getElementById("said");
