@@ -299,6 +299,27 @@ def test_autorounds_own_names_are_unchanged(tokenizer, text_file):
     ]
 
 
+def test_samples_of_autorounds_own_names_keep_its_order(tokenizer, text_file):
+    """So a file of them is the run's own calibration data."""
+    ours = drawn(text_file, tokenizer, nsamples=8, seed=5).input_ids
+    theirs = get_dataset.__wrapped__(tokenizer, 32, text_file, seed=5, nsamples=8)
+    assert ours.tolist() == [row["input_ids"].tolist() for row in theirs]
+
+
+@pytest.mark.usefixtures("local")
+def test_the_hubs_name_of_c4_is_read_by_our_rules(tokenizer):
+    ids = get_dataset(tokenizer, 32, "allenai/c4", seed=3, nsamples=4)["input_ids"]
+    own = drawn("c4", tokenizer, nsamples=4, seed=3).input_ids
+    assert torch.stack(list(ids)).equal(own)
+
+
+@pytest.mark.parametrize("name", ["nvidia", "some/reasoning:num=4", "pile-10k,post-tr"])
+def test_a_part_of_our_names_is_not_one(name, tokenizer):
+    """AutoRound looks such names up by what they are a part of."""
+    with pytest.raises(ValueError, match=r"dataset='.*': unknown.*nvidia-reasoning"):
+        get_dataset(tokenizer, 32, name, nsamples=4)
+
+
 def test_an_offline_machine_is_told_so(tokenizer, monkeypatch):
     monkeypatch.delenv("VSRAQ_DATASETS", raising=False)
     with pytest.raises(ConnectionError, match=r"HF_HUB_OFFLINE is set.*hf download"):
@@ -433,6 +454,8 @@ def test_a_recipe_names_them(tmp_path, text_file):
         check(f"{text_file}:text", nsamples=100_000)
     with pytest.raises(ValueError, match="unknown key cod"):
         check("nvidia-reasoning:cod=2")
+    with pytest.raises(ValueError, match=r"calibration\.dataset='nvidia': unknown"):
+        check("nvidia")
     with pytest.raises(FileNotFoundError, match=r"calibration\.dataset='gone\.jsonl'"):
         check("gone.jsonl:text")
 

@@ -24,6 +24,13 @@ def test_autoround_reads_its_own_names(dataset):
     assert parse_names(dataset) == []
 
 
+def test_a_set_of_the_hub_that_is_a_mixture_by_itself():
+    assert parse_names("allenai/c4") == parse_names("c4")
+    assert parse_names("allenai/c4:concat=true") == parse_names("c4:concat=true")
+    with pytest.raises(ValueError, match="unknown key concta"):
+        parse_names("allenai/c4:concta=true")
+
+
 def test_a_mixture_has_equal_shares():
     parts = parse_names("nvidia-reasoning")
     assert [part.name.partition(":")[2] for part in parts] == [

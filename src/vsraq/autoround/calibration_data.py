@@ -19,10 +19,12 @@ from auto_round import calib_dataset
 from datasets import Dataset
 from torch import Tensor, nn
 
-from vsraq.calibration import MIXTURES, Part, draw, parse_names
+from vsraq.calibration import ALIASES, MIXTURES, Part, draw, parse_names
 from vsraq.calibration.balance import BalancedChoice, choose_balanced, sample_loads
 from vsraq.calibration.mixture import SourceReport
+from vsraq.calibration.names import FILES
 from vsraq.calibration.sample_file import write_samples
+from vsraq.strict import did_you_mean
 
 PAPER_SAMPLES = 512  # of the VSRAQ paper's mixture
 _OURS = "vsraq"  # marks what we have registered
@@ -158,6 +160,7 @@ def _read(
     given = inspect.signature(get_dataset).bind(*args, **kwargs)
     given.apply_defaults()
     options = given.arguments
+    refuse_parts_of_names(options["dataset_name"])
     parts = parse_names(options["dataset_name"])
     if not parts or _has_theirs(options["dataset_name"]):
         return get_dataset(*args, **kwargs)
@@ -194,8 +197,40 @@ def _is_ours(name: str) -> bool:
 
 def _has_theirs(dataset: str) -> bool:
     """Whether a name that would be ours was registered by somebody else."""
-    named = {part.split(":")[0].strip() for part in dataset.split(",")}
+    named = _names(dataset)
+    if any(alias in calib_dataset.CALIB_DATASETS for alias in named & ALIASES.keys()):
+        return True
     return any(not _is_ours(name) for name in named & MIXTURES.keys())
+
+
+def _names(dataset: str) -> set[str]:
+    return {part.split(":")[0].strip() for part in dataset.split(",")}
+
+
+def refuse_parts_of_names(dataset: str) -> None:
+    """Refuse what AutoRound would take for one of our names.
+
+    It takes the first data set that an unknown name is a part of, and hands it neither
+    options nor the number of samples.
+
+    Args:
+        dataset: The name of one or several data sets.
+
+    Raises:
+        ValueError: A name is unknown, and a part of one of ours.
+    """
+    known = calib_dataset.CALIB_DATASETS
+    for name in sorted(_names(dataset) - known.keys() - ALIASES.keys()):
+        last = name.split("/")[-1]
+        found = next((key for key in known if last in key), None)
+        is_share = "=" in name or name.endswith(FILES)
+        if found is None or is_share or calib_dataset.is_local_path(name):
+            continue
+        if _is_ours(found):
+            raise ValueError(
+                f"dataset={name!r}: unknown{did_you_mean(name, MIXTURES)} Allowed are "
+                f"{', '.join([*MIXTURES, *ALIASES])}, a file, or AutoRound's own names"
+            )
 
 
 def register() -> None:

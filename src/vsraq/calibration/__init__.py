@@ -8,10 +8,11 @@ from vsraq.calibration.balance import (
     sample_loads,
 )
 from vsraq.calibration.mixture import SourceReport, draw
-from vsraq.calibration.names import Part, count_samples, parse_names
+from vsraq.calibration.names import ALIASES, Part, count_samples, parse_names
 from vsraq.calibration.sources import MIXTURES, Source
 
 __all__ = [
+    "ALIASES",
     "MIXTURES",
     "BalancedChoice",
     "ExpertLoads",

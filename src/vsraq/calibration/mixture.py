@@ -60,6 +60,8 @@ def draw(
 ) -> tuple[list[list[int]], list[SourceReport]]:
     """Draw samples from the parts of a mixture, and shuffle them.
 
+    What AutoRound alone reads keeps its order.
+
     Args:
         parts: The parts.
         tokenizer: The model's.
@@ -103,7 +105,8 @@ def draw(
             raise ValueError(_too_few(part, report, count, seqlen))
         samples += found
         reports.append(report)
-    random.Random(seed).shuffle(samples)
+    if any(part.source is not None for part in parts):
+        random.Random(seed).shuffle(samples)
     return samples, reports
 
 

@@ -24,6 +24,13 @@ FILES = (".jsonl", ".json", ".parquet")
 _SWITCHES = {"true": True, "false": False}
 _KEYS = ("weight", "num", "concat", "apply_chat_template")
 _BARE = ("concat", "apply_chat_template")  # may stand for themselves with "=true"
+# sets of the hub that are a mixture by themselves
+ALIASES: Mapping[str, str] = {
+    source.repo: name
+    for name, sources in MIXTURES.items()
+    if len(sources) == 1
+    for source in sources.values()
+}
 _SHARE = re.compile(r"\w+=[^:]+(:.*)?")
 
 
@@ -110,12 +117,14 @@ def _segments(dataset: str) -> list[str]:
 
 
 def _name(segment: str) -> str:
-    return segment.partition(":")[0]
+    name = segment.partition(":")[0]
+    return ALIASES.get(name, name)
 
 
 def _is_ours(segment: str) -> bool:
     """Whether a data set is read here: a mixture, or a file with what only we know."""
-    name, *options = segment.split(":")
+    _, *options = segment.split(":")
+    name = _name(segment)
     if name in MIXTURES or name.endswith(".parquet"):
         return True
     return name.endswith(FILES) and any(
@@ -128,7 +137,8 @@ def _is_field(option: str) -> bool:
 
 
 def _parts(segment: str) -> list[Part]:
-    name, *options = segment.split(":")
+    _, *options = segment.split(":")
+    name = _name(segment)
     if name in MIXTURES:
         return _mixture(name, options)
     if name.endswith(FILES):

@@ -13,6 +13,7 @@ from typing import Any
 from auto_round.calib_dataset import CALIB_DATASETS
 from transformers import AutoTokenizer
 
+from vsraq.autoround.calibration_data import refuse_parts_of_names
 from vsraq.autoround.config import VSRAQConfig
 from vsraq.calibration import Part, draw, parse_names
 from vsraq.recipe.callbacks import make_callbacks
@@ -159,6 +160,10 @@ def _gb(count: int) -> str:
 def _check_samples(recipe: Recipe) -> None:
     """Check that all data sets are known, and that a single local one is enough."""
     dataset = recipe.calibration.dataset
+    try:
+        refuse_parts_of_names(dataset)
+    except ValueError as error:
+        raise ValueError(f"calibration.{error}") from error
     ours = parse_names(dataset)
     parts = [part.name for part in ours if part.source is None]
     files = [part for part in ours if part.source is not None and part.source.is_file]
