@@ -15,6 +15,10 @@ CLEAN = {
     name: value
     for name, value in os.environ.items()
     if not name.startswith(("PYTHON", "VIRTUAL_ENV", "PYTEST", "COV"))
+} | {
+    "HF_HUB_OFFLINE": "1",
+    # the embedded model has 16 bits, which not every CPU can stream
+    "AR_DISABLE_META_LOAD": "1",
 }
 
 
