@@ -41,6 +41,14 @@ def code_of(name, folder):
     return code
 
 
+def export_of(name, folder):
+    """The folder of a script's export; the script runs if it has not yet."""
+    if not (folder / f"{name}-out").exists():
+        exec(compile(code_of(name, folder), name, "exec"), {})
+    (weights,) = (folder / f"{name}-out").rglob("*.safetensors")
+    return weights.parent
+
+
 @pytest.mark.parametrize(
     "name", ["autoround_after.py", "custom_objective.py", "custom_calibration.py"]
 )
@@ -56,19 +64,31 @@ def test_it_runs(name, folder, monkeypatch, vsraq_log):
 @pytest.mark.usefixtures("bfloat16")
 def test_the_routing_is_replayed(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    if not (folder / "autoround_after.py-out").exists():  # run on its own
-        code = code_of("autoround_after.py", folder)
-        exec(compile(code, "autoround_after.py", "exec"), {})
-    (weights,) = (folder / "autoround_after.py-out").rglob("*.safetensors")
+    export = export_of("autoround_after.py", folder)
     (folder / "held-out.txt").write_text("9876543210" * 40)
     code = code_of("replay_routing.py", folder)
-    code = code.replace(
-        repr(str(folder / "replay_routing.py-out")), repr(str(weights.parent))
-    )
+    code = code.replace(repr(str(folder / "replay_routing.py-out")), repr(str(export)))
     capsys.readouterr()
     exec(compile(code, "replay_routing.py", "exec"), {})
     as_it_is, replayed = re.findall(r"KL ([\d.e-]+)", capsys.readouterr().out)
     assert float(replayed) < float(as_it_is)
+
+
+@pytest.mark.usefixtures("bfloat16")
+def test_models_are_compared(folder, monkeypatch, capsys):
+    """A module beside an export; the finer of the two is nearer to full precision."""
+    monkeypatch.chdir(folder)
+    export = export_of("autoround_after.py", folder)
+    (folder / "held-out.txt").write_text("9876543210" * 40)
+    code = code_of("compare.py", folder).replace("128", "32")
+    code = code.replace(repr(str(folder / "compare.py-out")), repr(str(export)))
+    capsys.readouterr()
+    exec(compile(code, "compare.py", "exec"), {})
+    printed = capsys.readouterr().out
+    found = dict(re.findall(r"^(\w+): kl ([\d.]+) \(", printed, re.M))
+    assert 0 < float(found["export"]) < float(found["rounded"])
+    assert "export: jaccard 0." in printed
+    assert (folder / "compared" / "results.json").is_file()
 
 
 def test_two_lines_make_the_difference():
