@@ -313,7 +313,9 @@ def test_the_hubs_name_of_c4_is_read_by_our_rules(tokenizer):
     assert torch.stack(list(ids)).equal(own)
 
 
-@pytest.mark.parametrize("name", ["nvidia", "some/reasoning:num=4", "pile-10k,post-tr"])
+@pytest.mark.parametrize(
+    "name", ["reasoning", "some/reasoning:num=4", "pile-10k,post-tr"]
+)
 def test_a_part_of_our_names_is_not_one(name, tokenizer):
     """AutoRound looks such names up by what they are a part of."""
     with pytest.raises(ValueError, match=r"dataset='.*': unknown.*nvidia-reasoning"):
@@ -454,8 +456,8 @@ def test_a_recipe_names_them(tmp_path, text_file):
         check(f"{text_file}:text", nsamples=100_000)
     with pytest.raises(ValueError, match="unknown key cod"):
         check("nvidia-reasoning:cod=2")
-    with pytest.raises(ValueError, match=r"calibration\.dataset='nvidia': unknown"):
-        check("nvidia")
+    with pytest.raises(ValueError, match=r"calibration\.dataset='reasoning': unknown"):
+        check("reasoning")
     with pytest.raises(FileNotFoundError, match=r"calibration\.dataset='gone\.jsonl'"):
         check("gone.jsonl:text")
 
