@@ -4,6 +4,7 @@
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.numpy import save_file
 
 import browser
 from report_data import MadeUp, run_record, write_export
+from test_bit_plan_figure import made_up
 from vsraq import report
 from vsraq.cli import main
 from vsraq.report import picture, write_figures, write_report
@@ -357,6 +359,44 @@ def test_bits_of_an_export_are_read_from_its_files(tmp_path):
         "Most quantized layers have 4 bits, 1 other: experts in block 1 has 6. "
         "lm_head has 32 bits."
     )
+
+
+def test_stacks_of_blocks_do_not_share_a_cell(tmp_path):
+    """Images and the prediction of further tokens have blocks of their own."""
+    (tmp_path / "config.json").write_text('{"quantization_config": {"bits": 4}}')
+    stacks = {
+        "model.visual.blocks": np.float32,
+        "model.language_model.layers": np.float16,
+        "mtp.layers": np.float32,
+    }
+    tensors = {}
+    for stack, dtype in stacks.items():
+        size = 64 if dtype == np.float16 else 8
+        for block in range(2):
+            for layer in ("mlp.gate", "self_attn.q_proj"):
+                name = f"{stack}.{block}.{layer}.weight"
+                tensors[name] = np.zeros((size, 8), dtype)
+    save_file(tensors, tmp_path / "model.safetensors")
+    cells = read_folder(tmp_path).bits.cells
+    expected = {}
+    for prefix, bits in (("", 16.0), ("visual: ", 32.0), ("mtp: ", 32.0)):
+        for kind in ("gate", "q_proj"):
+            expected |= {(prefix + kind, block): bits for block in range(2)}
+    assert cells == expected
+
+
+def test_units_of_several_stacks_do_not_share_a_cell(tmp_path):
+    plan = made_up(blocks=2)
+    other = [
+        replace(u, name=f"mtp.{u.name.removeprefix('model.')}", chosen="W8A16")
+        for u in plan.units
+        if "experts" not in u.name
+    ]
+    replace(plan, units=(*plan.units, *other)).save(tmp_path / "vsraq_bit_plan.json")
+    bits, damages = draw_all(read_folder(tmp_path))
+    for found, gid in ((bits, "bits-map"), (damages, "damage-map")):
+        names = found.grids[gid].row_names
+        assert names.count("mtp: qkv_proj") == names.count("qkv_proj") == 1
 
 
 def test_a_missing_browser_is_named(monkeypatch):

@@ -2,7 +2,7 @@
 """Bits of an export's layers, from its config and the headers of its files."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 from vsraq.checkpoint.formats import own_suffixes
 
-_BLOCK = re.compile(r"^.*?\.(\d+)\.(.+)$")
+_BLOCK = re.compile(r"^(.*?)\.(\d+)\.(.+)$")
 _BYTES = {"F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I64": 8, "F64": 8}
 _PACKED = ("qweight", "weight_packed", "weight")
 # what models call alike
@@ -22,8 +22,8 @@ class Bits:
     """Bits per weight, without scales.
 
     Attributes:
-        blocks: Decoder blocks that have linear layers, ascending.
-        kinds: Kinds of layers, in the order of the files; routed experts are one kind.
+        blocks: Blocks that have linear layers, ascending.
+        kinds: Kinds of layers, in the order of the files; see `places`.
         cells: Mean bits by kind and block.
         outside: Bits of layers outside of the blocks, such as the output projection.
     """
@@ -54,11 +54,12 @@ def read_bits(path: Path) -> Bits | None:
         return None
     sums: dict[tuple[str, int | None], list[float]] = {}
     with checkpoint:
-        for layer, bits, weights in _layers(checkpoint):
-            key = _kind_and_block(layer)
-            total = sums.setdefault(key, [0.0, 0.0])
-            total[0] += bits * weights
-            total[1] += weights
+        layers = {name: (bits, size) for name, bits, size in _layers(checkpoint)}
+    found = places({name: size for name, (_, size) in layers.items()})
+    for layer, (bits, size) in layers.items():
+        total = sums.setdefault(found[layer], [0.0, 0.0])
+        total[0] += bits * size
+        total[1] += size
     means = {key: total[0] / total[1] for key, total in sums.items()}
     return Bits(
         blocks=tuple(sorted({b for _, b in means if b is not None})),
@@ -68,7 +69,44 @@ def read_bits(path: Path) -> Bits | None:
     )
 
 
-def short_kind(kind: str) -> str:
+def places(weights: Mapping[str, float]) -> dict[str, tuple[str, int | None]]:
+    """Find the kind and the block of each layer.
+
+    A model may have several stacks of blocks: text, images, the prediction of further
+    tokens. The stack with the most weights has plain kinds; those of the others begin
+    with the name of their stack. Routed experts are one kind.
+
+    Args:
+        weights: How many weights each layer has, by its name.
+
+    Returns:
+        The kind, and the block's number in its stack, None outside of blocks; by name.
+    """
+    matches = {name: _BLOCK.match(name) for name in weights}
+    sizes: dict[str, float] = {}
+    for name, match in matches.items():
+        if match is not None:
+            sizes[match[1]] = sizes.get(match[1], 0) + weights[name]
+    largest = max(sizes, key=sizes.__getitem__, default="")
+    names = _stack_names([stack for stack in sizes if stack != largest])
+    found: dict[str, tuple[str, int | None]] = {}
+    for name, match in matches.items():
+        if match is None:
+            found[name] = (_short_kind(name), None)
+            continue
+        kind = _short_kind(re.sub(r"\.experts\b.*$", ".experts", match[3]))
+        stack = names.get(match[1])
+        found[name] = (f"{stack}: {kind}" if stack else kind, int(match[2]))
+    return found
+
+
+def _stack_names(stacks: list[str]) -> dict[str, str]:
+    """Short names of stacks, "visual" for "model.visual.blocks", if they differ."""
+    short = {s: s.removeprefix("model.").rpartition(".")[0] or s for s in stacks}
+    return short if len(set(short.values())) == len(stacks) else {s: s for s in stacks}
+
+
+def _short_kind(kind: str) -> str:
     """A kind of layers without what all models call alike."""
     for words in _SHORT:
         kind = kind.replace(words, "")
@@ -97,10 +135,3 @@ def _layers(checkpoint: Any) -> Iterator[tuple[str, float, int]]:
                 size = _BYTES.get(header.dtype, 1)
                 yield name, 8.0 * size, prod(header.shape)
 
-
-def _kind_and_block(layer: str) -> tuple[str, int | None]:
-    match = _BLOCK.match(layer)
-    if match is None:
-        return short_kind(layer), None
-    kind = re.sub(r"\.experts\b.*$", ".experts", match[2])
-    return short_kind(kind), int(match[1])

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vsraq.bits.plan import BitPlan, PlannedUnit
-from vsraq.report.bits import Bits, short_kind
+from vsraq.report.bits import Bits, places
 from vsraq.report.folder import Folder
 from vsraq.report.picture import (
     INK,
@@ -19,7 +19,6 @@ from vsraq.report.picture import (
 from vsraq.report.wording import counted, listed, number
 
 _BLUE, _VERMILION = PALETTE[:2]
-_PLACE = re.compile(r"^.*?\.(\d+)\.(.+)$")
 _DIGITS = re.compile(r"\d+")
 
 
@@ -39,11 +38,12 @@ def draw(folder: Folder) -> list[Picture]:
 def _planned_bits(plan: BitPlan) -> Bits:
     """The bits that a plan gives its units, by the names of their schemes."""
     cells, outside = {}, {}
+    found = _places(plan.units)
     for unit in plan.units:
         digits = _DIGITS.search(unit.chosen)
         if digits is None:
             continue
-        kind, block = _place(unit.name)
+        kind, block = found[unit.name]
         if block is None:
             outside[kind] = float(digits[0])
         else:
@@ -56,11 +56,9 @@ def _planned_bits(plan: BitPlan) -> Bits:
     )
 
 
-def _place(name: str) -> tuple[str, int | None]:
-    match = _PLACE.match(name)
-    if match is None:
-        return short_kind(name), None
-    return short_kind(match[2]), int(match[1])
+def _places(units: Sequence[PlannedUnit]) -> dict[str, tuple[str, int | None]]:
+    """Kinds and blocks by the name of the unit; its size is that of its base scheme."""
+    return places({u.name: u.candidates[u.base].bytes for u in units})
 
 
 def _draw_bits(bits: Bits) -> Picture:
@@ -145,8 +143,9 @@ def _damages(
     units: Sequence[PlannedUnit], key: str, factor: float
 ) -> dict[tuple[str, int], float]:
     cells = {}
+    found = _places(units)
     for unit in units:
-        kind, block = _place(unit.name)
+        kind, block = found[unit.name]
         if block is not None:
             cells[kind, block] = factor * getattr(unit.candidates[unit.base], key)
     return cells
@@ -211,7 +210,7 @@ def _label(axes: Any, kinds: Sequence[str], blocks: Sequence[int]) -> None:
     axes.set_xticks(places, [str(blocks[place]) for place in places])
     axes.set_yticks(range(len(kinds)), kinds)
     axes.tick_params(length=0)
-    axes.set_xlabel("decoder block")
+    axes.set_xlabel("block")
 
 
 def _map_table(
