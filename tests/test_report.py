@@ -253,6 +253,70 @@ def test_layers_of_different_size(tmp_path):
     assert len(per_layer(folder.results).rows) == 2
 
 
+def test_ranks_of_layers_with_other_k(tmp_path):
+    """Shares inside 2K and 3K are those of each layer's own K."""
+    made = MadeUp({"one": 1.0}, layers=2, experts=16, top_k=4, tokens=50)
+    made.results["layers"][1]["top_k"] = 2
+    first, second = made.results["methods"]["one"]["layers"]
+    first["injected_ranks"] = [8, 4, 4, 2, 1, 1, 1, 1, 1, 1, 0, 0]
+    second["injected_ranks"] = [10, 6, 4, 3, 1, 1, 1] + [0] * 7
+    first["dropped_ranks"], second["dropped_ranks"] = [1, 2, 4, 17], [6, 20]
+    total = 24 + 26
+    expected = {2: (18 + 16) / total, 3: (18 + 16 + 4 + 7) / total}
+    folder = read_folder(made.write(tmp_path, replay=False))
+    with picture.house_style():
+        (injected,), (dropped,) = (
+            ranks.draw_injected(folder),
+            ranks.draw_dropped(folder),
+        )
+    (line,) = [r for r in injected.figure.axes[0].lines if r.get_gid() == "injected-0"]
+    shares = dict(zip(*line.get_data(), strict=True))
+    for times, share in expected.items():
+        found = sum(value for place, value in shares.items() if place <= times + 1e-9)
+        assert found == pytest.approx(100 * share)
+    assert "ranks K + 1 to 2K" in injected.description
+    assert injected.tips["injected-0"][0].startswith(
+        "one, rank over 1 K to 1.5 K: 44.0"
+    )
+    assert "74 % of the dropped experts had the last rank that is chosen, 2 or 4" in (
+        dropped.description
+    )
+    assert "come from ranks K + 1 to 3K" in "\n".join(
+        found.headline for found in compared(folder.results, None)
+    )
+
+
+def test_many_methods_differ_in_more_than_colour(tmp_path):
+    made = MadeUp({f"m{i}": 1.0 for i in range(12)}, layers=2, experts=8, tokens=50)
+    folder = read_folder(made.write(tmp_path, replay=False))
+    with picture.house_style():
+        for draw in (ranks.draw_dropped, ranks.draw_injected):
+            (found,) = draw(folder)
+            shown = found.figure.legends[0].legend_handles
+            looks = {(h.get_marker(), h.get_linestyle()) for h in shown}
+            colours = {h.get_color() for h in shown}
+            both = {(h.get_color(), h.get_marker()) for h in shown}
+            assert len(colours) < len(both) == len(shown) == 12
+            assert len(looks) > 4
+
+
+def test_a_quantile_is_the_bin_in_which_it_lies(tmp_path):
+    made = MadeUp({"one": 1.0}, layers=2, experts=8, tokens=50)
+    found = made.results["methods"]["one"]["histograms"]
+    found["sampled_jsd"] = {
+        "edges": [0.1, 0.2, 0.4, 0.8],
+        "counts": [40, 30, 10],
+        "below": 15,
+        "above": 5,
+    }
+    folder = read_folder(made.write(tmp_path, replay=False))
+    (drawn,) = [p for p in draw_all(folder) if p.name == "distributions"]
+    assert drawn.table.rows[1][2:6] == [
+        *("below 0.100", "0.100 to 0.200", "0.400 to 0.800", "above 0.800")
+    ]
+    assert "the bin in which it lies" in drawn.caption
+
+
 def test_every_figure_stays_away_without_its_data(tmp_path):
     write_export(tmp_path, plan=False)
     folder = read_folder(tmp_path)

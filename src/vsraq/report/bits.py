@@ -134,4 +134,3 @@ def _layers(checkpoint: Any) -> Iterator[tuple[str, float, int]]:
             if (fused or linear) and "embed" not in name:
                 size = _BYTES.get(header.dtype, 1)
                 yield name, 8.0 * size, prod(header.shape)
-

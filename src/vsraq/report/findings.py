@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from vsraq.report.figures.expert_load import load_moved, relative_load
+from vsraq.report.figures.ranks import injected_ranks
 from vsraq.report.schema import MethodResult, Replay, Results
 from vsraq.report.wording import (
     counted,
@@ -124,16 +125,14 @@ def _worst_layer(results: Results, best: str) -> Iterator[Finding]:
 
 
 def _injected(results: Results, best: str) -> Iterator[Finding]:
-    top_k = max(layer.top_k for layer in results.layers)
     share = results.methods[best].metrics["inside_3k"].value
     near = results.methods[best].metrics["inside_2k"].value
     if share is None:
         return
     low = share < 0.8
     yield Finding(
-        f"{percent(share)} of injected experts come from ranks {top_k + 1} to "
-        f"{3 * top_k}",
-        f"{percent(near)} come from ranks {top_k + 1} to {2 * top_k} ({best}). "
+        f"{percent(share)} of injected experts come from {injected_ranks(results, 3)}",
+        f"{percent(near)} come from {injected_ranks(results, 2)} ({best}). "
         + (
             "Many come from far behind, so the router's inputs have moved a lot."
             if low

@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from vsraq.report.figures.lines import MethodLines, draw_markers, line_style
 from vsraq.report.figures.small_panels import near_zero_axis
 from vsraq.report.folder import Folder
 from vsraq.report.picture import (
@@ -13,13 +14,11 @@ from vsraq.report.picture import (
     PALETTE,
     Picture,
     Table,
-    legend_above,
-    look,
     new_figure,
     plain_axes,
 )
 from vsraq.report.schema import Histogram, Replay, Results
-from vsraq.report.wording import number, percent, shortened
+from vsraq.report.wording import number, percent
 
 _BLUE, _VERMILION = PALETTE[:2]
 _METRICS = {
@@ -37,31 +36,27 @@ def draw_distributions(folder: Folder) -> list[Picture]:
     results = folder.results
     if results is None:
         return []
-    figure = new_figure(3.3)
+    lines = MethodLines(3.3, list(results.methods), rows=2)
     tips: dict[str, list[str]] = {}
-    handles: list[Any] = []
-    for metric, axes in zip(_METRICS, figure.subplots(2, 1), strict=True):
-        handles = []
+    for metric, axes in zip(_METRICS, lines.every, strict=True):
         for index, (name, method) in enumerate(results.methods.items()):
             found = method.histograms[metric]
             gid = f"{metric}-{index}"
-            handles.append(_draw_steps(axes, found, index, gid))
+            _draw_steps(axes, found, index, gid)
             tips[gid] = [f"{name}, {text}" for text in _bin_texts(found, metric)]
         limit = getattr(results.thresholds, metric)
         axes.axvline(limit, color=MUTED, linewidth=0.7, linestyle=(0, (3, 2)))
         axes.set_xlabel(_METRICS[metric])
         axes.set_ylabel("tokens, %")
         axes.set_ylim(bottom=0)
-        plain_axes(axes)
-    legend_above(figure, handles, [shortened(name) for name in results.methods])
     return [
         Picture(
             name="distributions",
             title="How many tokens change, and by how much",
             caption="Share of all tokens per bin; the dashed lines are the limits of "
-            "the regions A to D.",
+            "the regions A to D. A quantile of the table is the bin in which it lies.",
             description=_describe(results),
-            figure=figure,
+            figure=lines.figure,
             tips=tips,
             table=_table(results),
         )
@@ -87,7 +82,8 @@ def draw_replay(folder: Folder) -> list[Picture]:
     before, after = (
         found["sampled_jsd"].value for found in (replay.before, replay.after)
     )
-    where = "all tokens" if replay.region == "all" else f"region {replay.region}"
+    named = {"all": "all tokens", "mask": "those of a mask"}
+    where = named.get(replay.region, f"region {replay.region}")
     beyond = replay.change.below + replay.change.above
     rows = _change_rows(replay.change)
     return [
@@ -122,22 +118,17 @@ def _is_logarithmic(edges: Sequence[float]) -> bool:
     return last > 1.5 * first
 
 
-def _draw_steps(axes: Any, found: Histogram, index: int, gid: str) -> Any:
-    style = look(index)
+def _draw_steps(axes: Any, found: Histogram, index: int, gid: str) -> None:
     edges = list(found.edges)
     total = found.total or 1
     shares = [100 * count / total for count in found.counts]
-    line = {"color": style["color"], "linestyle": style["linestyle"], "lw": 1}
-    axes.stairs(shares, edges, baseline=None, **line)
+    axes.stairs(shares, edges, baseline=None, lw=1, **line_style(index))
     if _is_logarithmic(edges):
         near_zero_axis(axes.xaxis, edges[0] if edges[0] > 0 else edges[1])
     middles = [(a + b) / 2 for a, b in itertools.pairwise(edges)]
     left, right = axes.get_xlim() if index else (edges[0], edges[0])
     axes.set_xlim(min(left, edges[0]), max(right, _end(found)))
-    marks = {"color": style["color"], "marker": style["marker"], "markersize": 1.8}
-    axes.plot(middles, shares, linestyle="none", gid=gid, **marks)
-    (handle,) = axes.plot([], [], lw=1, markersize=3.2, **style)
-    return handle
+    draw_markers(axes, middles, shares, index, gid, 1.8)
 
 
 def _end(found: Histogram) -> float:
@@ -189,23 +180,24 @@ def _table(results: Results) -> Table:
             found = method.histograms[metric]
             total = found.total or 1
             points = (0.1, 0.5, 0.9, 0.99)
-            quantiles = [number(_quantile(found, point)) for point in points]
+            quantiles = [_quantile(found, point) for point in points]
             below = percent(found.below / total, 1)
             rows.append([words, name, *quantiles, below])
     columns = ["Value", "Method", "10 %", "Median", "90 %", "99 %", "Left of the axis"]
     return Table(columns, rows)
 
 
-def _quantile(found: Histogram, share: float) -> float:
-    """The upper edge of the bin in which a share of the tokens is reached."""
+def _quantile(found: Histogram, share: float) -> str:
+    """Name the bin in which a share of the tokens is reached."""
     reached, wanted = found.below, share * found.total
     if reached >= wanted:
-        return found.edges[0]
-    for edge, count in zip(found.edges[1:], found.counts, strict=True):
+        return f"below {number(found.edges[0])}"
+    bins = zip(found.edges[:-1], found.edges[1:], found.counts, strict=True)
+    for low, high, count in bins:
         reached += count
         if reached >= wanted:
-            return edge
-    return found.edges[-1]
+            return f"{number(low)} to {number(high)}"
+    return f"above {number(found.edges[-1])}"
 
 
 def _draw_change(axes: Any, replay: Replay) -> dict[str, list[str]]:

@@ -1,19 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Jaccard of each layer's selected experts with full precision's (VSRAQ, Fig. 1)."""
 
-from typing import Any
-
+from vsraq.report.figures.lines import MethodLines
 from vsraq.report.folder import Folder
-from vsraq.report.picture import (
-    Picture,
-    Table,
-    legend_above,
-    look,
-    new_figure,
-    plain_axes,
-)
+from vsraq.report.picture import Picture, Table, look
 from vsraq.report.schema import Results
-from vsraq.report.wording import fixed, interval, shortened
+from vsraq.report.wording import fixed, interval
 
 
 def draw(folder: Folder) -> list[Picture]:
@@ -25,18 +17,12 @@ def draw(folder: Folder) -> list[Picture]:
     results = folder.results
     if results is None:
         return []
-    figure = new_figure(2.2)
-    axes = figure.subplots()
+    lines = MethodLines(2.2, list(results.methods))
+    lines.label("decoder block", "Jaccard with full precision")
     tips = {}
-    handles = []
     for index, name in enumerate(results.methods):
-        handles.append(_draw_line(axes, results, name, index))
+        _draw_line(lines, results, name, index)
         tips[f"jaccard-{index}"] = _tips(results, name)
-    axes.set_xlabel("decoder block")
-    axes.set_ylabel("Jaccard with full precision")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    plain_axes(axes)
-    legend_above(figure, handles, [shortened(name) for name in results.methods])
     return [
         Picture(
             name="jaccard_by_layer",
@@ -44,27 +30,23 @@ def draw(folder: Folder) -> list[Picture]:
             caption="Overlap of the selected experts with full precision, per layer "
             "(1 is the same experts for every token); bands are 95 % intervals.",
             description=_describe(results),
-            figure=figure,
+            figure=lines.figure,
             tips=tips,
             table=_table(results),
         )
     ]
 
 
-def _draw_line(axes: Any, results: Results, name: str, index: int) -> Any:
+def _draw_line(lines: MethodLines, results: Results, name: str, index: int) -> None:
     blocks = [layer.block for layer in results.layers]
     found = [r.metrics["jaccard"] for r in results.methods[name].layers]
     values = [i.value for i in found]
-    style = look(index)
     low = [i.value if i.low is None else i.low for i in found]
     high = [i.value if i.high is None else i.high for i in found]
-    axes.fill_between(blocks, low, high, color=style["color"], alpha=0.16, linewidth=0)
+    colour = look(index)["color"]
+    lines.axes.fill_between(blocks, low, high, color=colour, alpha=0.16, linewidth=0)
     size = 3.2 if len(blocks) <= 24 else 2.0
-    axes.plot(blocks, values, color=style["color"], linestyle=style["linestyle"], lw=1)
-    marks = {"color": style["color"], "marker": style["marker"], "markersize": size}
-    axes.plot(blocks, values, linestyle="none", gid=f"jaccard-{index}", **marks)
-    (handle,) = axes.plot([], [], lw=1, markersize=3.2, **style)
-    return handle
+    lines.draw(blocks, values, index, f"jaccard-{index}", size)
 
 
 def _tips(results: Results, name: str) -> list[str]:
