@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Figures and the report from files; the browser's part is test_report_browser.py."""
 
+import html
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -461,6 +462,44 @@ def test_units_of_several_stacks_do_not_share_a_cell(tmp_path):
     for found, gid in ((bits, "bits-map"), (damages, "damage-map")):
         names = found.grids[gid].row_names
         assert names.count("mtp: qkv_proj") == names.count("qkv_proj") == 1
+
+
+UNREADABLE = {"quant_method": "made-up", "bits": 4}
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "reason"),
+    [
+        ("{", {}, "config.json: cannot be read (Expecting property name"),
+        (
+            json.dumps({"quantization_config": {"bits": 4}}),
+            None,
+            "neither model.safetensors.index.json nor model.safetensors there",
+        ),
+        (
+            json.dumps({"quantization_config": UNREADABLE}),
+            {"model.layers.0.mlp.up_proj.qweight": np.zeros((8, 32), np.int32)},
+            "made-up",
+        ),
+    ],
+    ids=["config", "no tensors", "format"],
+)
+def test_an_export_in_an_unknown_format_shows_the_rest(
+    config, tensors, reason, tmp_path, capsys
+):
+    (tmp_path / "config.json").write_text(config)
+    if tensors:
+        save_file(tensors, tmp_path / "model.safetensors")
+    assert main(["report", str(tmp_path)]) != 0  # there is nothing else
+    assert reason in capsys.readouterr().err
+    write_export(tmp_path, plan=False)
+    figures = tmp_path / "figures"
+    assert main(["report", str(tmp_path), "--figures", str(figures)]) == 0
+    text = (tmp_path / "report.html").read_text()
+    assert "The bits of the layers could not be read: " in text
+    assert html.escape(reason) in text
+    assert "Tuning took 49 s" in text
+    assert {path.stem for path in figures.iterdir()} == {"tuning_curves"}
 
 
 def test_a_missing_browser_is_named(monkeypatch):

@@ -36,6 +36,7 @@ class Folder:
         run: A run's record.
         plan: A bit plan.
         bits: Bits of the export's layers.
+        unread: What could not be read, and why; sentences.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class Folder:
     run: Run | None = None
     plan: BitPlan | None = None
     bits: Bits | None = None
+    unread: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -55,18 +57,24 @@ class Folder:
 def read_folder(path: str | Path) -> Folder:
     """Read a folder of `vsraq compare`, or an export.
 
+    An export whose layers cannot be read shows the rest of what is there, and says so.
+
     Args:
         path: The folder.
 
     Raises:
         FileNotFoundError: It has nothing to show.
         ValueError: A file of it cannot be read.
+        CheckpointError: The same of an export with nothing else to show.
     """
     path = Path(path)
     if path.is_file() and path.name in _FILES:
         path = path.parent
     have = {file.name for file in path.iterdir()} if path.is_dir() else set()
-    bits = read_bits(path) if "config.json" in have else None
+    bits: Bits | None = None
+    unread: tuple[str, ...] = ()
+    if "config.json" in have:
+        bits, unread = _read_bits(path, alone=not have.intersection(_FILES))
     if not have.intersection(_FILES) and bits is None:
         said = "no such folder" if not path.is_dir() else "nothing to show there"
         raise FileNotFoundError(
@@ -90,7 +98,19 @@ def read_folder(path: str | Path) -> Folder:
         run=table(Run, RUN_FILE),
         plan=BitPlan.load(path / PLAN_FILE) if PLAN_FILE in have else None,
         bits=bits,
+        unread=unread,
     )
+
+
+def _read_bits(path: Path, *, alone: bool) -> tuple[Bits | None, tuple[str, ...]]:
+    """Read the bits, or say why not; raise it if there is nothing else to show."""
+    try:
+        return read_bits(path), ()
+    except (ValueError, OSError) as error:
+        if alone:
+            raise
+        reason = " ".join(str(error).split())
+        return None, (f"The bits of the layers could not be read: {reason}",)
 
 
 def _check_layers(results: Results, path: Path) -> None:

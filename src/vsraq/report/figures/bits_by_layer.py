@@ -7,6 +7,7 @@ from typing import Any
 
 from vsraq.bits.plan import BitPlan, PlannedUnit
 from vsraq.report.bits import Bits, places
+from vsraq.report.figures.heat_map import draw_bar, draw_map, shades
 from vsraq.report.folder import Folder
 from vsraq.report.picture import (
     INK,
@@ -66,11 +67,11 @@ def _draw_bits(bits: Bits) -> Picture:
     axes = figure.subplots()
     values = [[bits.cells.get((k, b)) for b in bits.blocks] for k in bits.kinds]
     # full precision is paler than any scheme, more bits are bluer
-    shades = [[None if v is None else min(v, 9.0) for v in row] for row in values]
+    tones = [[None if v is None else min(v, 9.0) for v in row] for row in values]
     gid = "bits-map"
-    _draw_map(axes, shades, (1.0, 9.0), _BLUE, gid)
+    _draw_map(axes, tones, (1.0, 9.0), _BLUE, gid)
     if len(bits.blocks) <= 16:
-        _write(axes, values, shades)
+        _write(axes, values, tones)
     _label(axes, bits.kinds, bits.blocks)
     common = _most_common([v for row in values for v in row if v is not None])
     others = [
@@ -117,10 +118,7 @@ def _draw_damages(plan: BitPlan) -> Picture:
     figure = new_figure(0.9 + 0.17 * len(kinds))
     axes = figure.subplots()
     image = _draw_map(axes, values, (0.0, top), _VERMILION, gid)
-    bar = figure.colorbar(image, ax=axes, pad=0.015, aspect=12, fraction=0.05)
-    bar.solids.set_rasterized(True)
-    bar.outline.set_linewidth(0.4)
-    bar.ax.tick_params(labelsize=6, size=1.5)
+    bar = draw_bar(figure, axes, image, 12)
     bar.set_label(unit, fontsize=6.5)
     _label(axes, kinds, blocks)
     worst = max(cells, key=cells.__getitem__) if cells else ("", 0)
@@ -158,38 +156,20 @@ def _draw_map(
     colour: str,
     gid: str,
 ) -> Any:
-    import numpy
-    from matplotlib.colors import LinearSegmentedColormap, to_rgba
-    from matplotlib.patches import Rectangle
+    from matplotlib.colors import Normalize
 
-    shade = to_rgba(colour)
-    clear = LinearSegmentedColormap.from_list("bits", [(*shade[:3], 0.0), shade])
-    array = numpy.array(values, dtype=float)
-    image = axes.imshow(
-        array,
-        cmap=clear,
-        vmin=limits[0],
-        vmax=limits[1],
-        aspect="auto",
-        interpolation="none",
-    )
-    rows, columns = array.shape
-    cover = Rectangle(
-        (-0.5, -0.5), columns, rows, fc="none", ec="none", gid=gid, zorder=5
-    )
-    axes.add_patch(cover)
-    axes.spines[:].set_linewidth(0.4)
+    image, _ = draw_map(axes, values, shades(colour), Normalize(*limits), gid)
     return image
 
 
 def _write(
     axes: Any,
     values: Sequence[Sequence[float | None]],
-    shades: Sequence[Sequence[float | None]],
+    tones: Sequence[Sequence[float | None]],
 ) -> None:
     """Write the numbers into the cells."""
-    for row, (numbers, tones) in enumerate(zip(values, shades, strict=True)):
-        for column, (value, tone) in enumerate(zip(numbers, tones, strict=True)):
+    for row, (numbers, of_row) in enumerate(zip(values, tones, strict=True)):
+        for column, (value, tone) in enumerate(zip(numbers, of_row, strict=True)):
             if value is not None:
                 text = f"{value:g}" if value == round(value) else f"{value:.1f}"
                 dark = (tone or 0.0) > 5.5

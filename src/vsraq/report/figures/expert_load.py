@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from vsraq.report.figures.heat_map import draw_bar, draw_map, shades
 from vsraq.report.folder import Folder
 from vsraq.report.picture import INK, PALETTE, Grid, Picture, Table, new_figure
 from vsraq.report.schema import Results
@@ -87,21 +88,6 @@ def _draw_method(results: Results, index: int, name: str) -> Picture:
     )
 
 
-def _colours() -> Any:
-    """From vermilion to clear to blue.
-
-    What is clear has the colour of the page, light or dark.
-    """
-    from matplotlib.colors import LinearSegmentedColormap, to_rgba
-
-    blue, vermilion = to_rgba(_BLUE), to_rgba(_VERMILION)
-    points = [vermilion, (*vermilion[:3], 0.0), (*blue[:3], 0.0), blue]
-    places = [0.0, 0.5, 0.5, 1.0]
-    return LinearSegmentedColormap.from_list(
-        "load", list(zip(places, points, strict=True))
-    )
-
-
 def _draw_map(
     figure: Any,
     axes: Any,
@@ -112,41 +98,27 @@ def _draw_map(
 ) -> None:
     import numpy
     from matplotlib.colors import TwoSlopeNorm
-    from matplotlib.patches import Rectangle
 
-    width = max(map(len, rows))
-    values = numpy.full((len(rows), width), numpy.nan)
-    for index, row in enumerate(rows):
-        values[index, : len(row)] = row
-    image = axes.imshow(
-        values,
-        cmap=_colours(),
-        norm=TwoSlopeNorm(0, -top, top)
+    # from vermilion to clear to blue
+    less = [(0.5 - place / 2, shade) for place, shade in shades(_VERMILION)]
+    more = [(0.5 + place / 2, shade) for place, shade in shades(_BLUE)]
+    norm = (
+        TwoSlopeNorm(0, -top, top)
         if differs
-        else TwoSlopeNorm(1, max(0.0, 1 - top), 1 + top),
-        aspect="auto",
-        interpolation="none",
+        else TwoSlopeNorm(1, max(0.0, 1 - top), 1 + top)
     )
+    image, values = draw_map(axes, rows, [*less[::-1], *more], norm, gid)
     if not differs:
         idle = numpy.argwhere(values == 0)
-        size = 2.2 if width <= 64 else 1.4
         axes.plot(
             idle[:, 1],
             idle[:, 0],
             "x",
             color=INK,
-            markersize=size,
+            markersize=2.2 if values.shape[1] <= 64 else 1.4,
             markeredgewidth=0.6,
         )
-    cover = Rectangle(
-        (-0.5, -0.5), width, len(rows), fc="none", ec="none", gid=gid, zorder=5
-    )
-    axes.add_patch(cover)
-    axes.spines[:].set_linewidth(0.4)
-    bar = figure.colorbar(image, ax=axes, pad=0.015, aspect=10, fraction=0.05)
-    bar.outline.set_linewidth(0.4)
-    bar.solids.set_rasterized(True)
-    bar.ax.tick_params(labelsize=6, size=1.5)
+    draw_bar(figure, axes, image, 10)
 
 
 def _label_blocks(every: Sequence[Any], blocks: Sequence[int]) -> None:

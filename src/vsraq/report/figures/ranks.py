@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from math import gcd
 from typing import Any, NamedTuple
 
-from vsraq.report.figures.lines import MethodLines
+from vsraq.report.figures.lines import MethodLines, draw_markers
 from vsraq.report.folder import Folder
-from vsraq.report.picture import INK, MUTED, Picture, Table
+from vsraq.report.picture import INK, MUTED, Picture, Table, look
 from vsraq.report.schema import MethodResult, Results
 from vsraq.report.wording import percent
 
@@ -25,9 +25,15 @@ def draw_dropped(folder: Folder) -> list[Picture]:
     lines = MethodLines(2.1, list(shares))
     lines.label("rank in full precision", "dropped experts, %")
     tips = {}
+    width = 0.8 / len(shares)
     for index, (name, values) in enumerate(shares.items()):
         gid, ranks = f"dropped-{index}", range(1, len(values) + 1)
-        lines.draw(ranks, [100 * share for share in values], index, gid, 3.0)
+        # side by side: shares of several methods are often the same
+        places = [rank + (index + 0.5) * width - 0.4 for rank in ranks]
+        heights = [100 * share for share in values]
+        colour = look(index)["color"]
+        lines.axes.bar(places, heights, 0.9 * width, color=colour, alpha=0.45)
+        draw_markers(lines.axes, places, heights, index, gid, 2.2)
         tips[gid] = [
             f"{name}, rank {rank}: {percent(share, 1)} of dropped experts"
             for rank, share in zip(ranks, values, strict=True)
@@ -109,10 +115,10 @@ class _Steps(NamedTuple):
         return cls(gcd(*every), len(every) == 1)
 
     def place(self, step: float) -> float:
-        """Where a step is drawn: at its rank, or at its last rank over K."""
+        """Where a step is drawn: at its rank, or in the middle of its ranks over K."""
         if self.equal:
             return self.per_k + 1 + step
-        return 1 + (step + 1) / self.per_k
+        return 1 + (step + 0.5) / self.per_k
 
     def name(self, step: int) -> str:
         """The ranks of a step."""
