@@ -6,9 +6,9 @@ STAMP := .venv/installed
 
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo dist test test-full test-families test-range test-nightly test-gpu \
-    test-report test-package test-llmcompressor lint families bench-overhead \
-    bench-routing train-demo clean
+.PHONY: demo dist docs test test-full test-families test-range test-nightly test-gpu \
+    test-report test-docs test-package test-llmcompressor lint families \
+    bench-overhead bench-routing train-demo clean
 
 demo: $(STAMP)
 	$(BIN)/vsraq demo
@@ -53,6 +53,16 @@ test-package: $(STAMP)
 dist: $(STAMP)
 	rm -rf dist
 	$(BIN)/python -m hatchling build
+
+# the documentation as a site, in out/site
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(STAMP)
+	$(BIN)/python -m mkdocs build
+
+# its code blocks and links; its pages in chromium, which has to be there
+test-docs: $(STAMP)
+	VSRAQ_BROWSER_REQUIRED=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest \
+	    tests/test_code_blocks.py tests/test_site.py
 
 # an environment of its own, because llmcompressor's metadata forbids our versions
 LLMC := .venv-llmcompressor

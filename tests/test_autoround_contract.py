@@ -4,6 +4,7 @@
 import inspect
 
 import pytest
+from auto_round import calib_dataset
 from auto_round.algorithms import composer
 from auto_round.algorithms.base import BaseAlgorithm
 from auto_round.algorithms.block_runner import BlockForwardRunner
@@ -73,6 +74,10 @@ def test_the_other_seams(quantizer):
     assert parameters(quantizer.finalize_run) == []
     assert parameters(quantizer.register_fp_input_forward_hooks) == ["block"]
     assert parameters(quantizer._step) == ["scaler", "optimizer", "lr_schedule"]
+    assert parameters(quantizer._get_non_zero_cnt) == ["tensor", "indices"]
+    assert parameters(quantizer._compute_valid_token_mask) == ["input_ids"]
+    assert parameters(quantizer._scale_loss_and_backward) == ["scaler", "loss"]
+    assert parameters(quantizer.bind_block_forward_runner) == ["block_forward_runner"]
     assert parameters(quantizer.quantize_block)[:7] == [
         "block",
         "fp_inputs",
@@ -124,6 +129,15 @@ def test_blocks_are_given_to_a_quantizer_by_position():
     given = [argument.strip() for argument in call.split(",")][:6]
     assert given[0] == "block"
     assert given[5] == "block_ctx"
+
+
+def test_data_sets_are_read_by_a_function_that_can_be_wrapped():
+    """`calibration_data` wraps it; AutoRound's loader looks it up in its module."""
+    read = inspect.unwrap(calib_dataset.get_dataset)
+    expected = ["tokenizer", "seqlen", "dataset_name", "seed", "nsamples"]
+    assert parameters(read) == expected
+    source = inspect.getsource(calib_dataset.get_dataloader)
+    assert "= get_dataset(tokenizer, seqlen, dataset_name, seed, nsamples)" in source
 
 
 def test_the_run_context_has_what_we_read():

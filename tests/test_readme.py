@@ -1,91 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every code block of the README and of the options runs, and every example script."""
+"""What the README and the options say is so, and every example script runs."""
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import tiny
 import vsraq
 from vsraq import options
-from vsraq.cli import _parser, main
 from vsraq.demo import model_path
-from vsraq.recipe import parse_recipe
-from vsraq.yaml_text import parse_yaml
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = (ROOT / "docs" / "options.md").read_text()
-README = (ROOT / "README.md").read_text() + OPTIONS
-
-
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
-
-
-def test_there_are_code_blocks():
-    assert len(blocks("python")) >= 3
-    assert len(blocks("bash")) >= 3
-
-
-@pytest.mark.usefixtures("bfloat16")
-def test_every_python_block_runs(text_file, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    smaller = {
-        '"upstage/Solar-Open-100B"': repr(str(model_path())),
-        'scheme="W4A16"': 'scheme="W4A16", group_size=32',
-        "nsamples=512": "nsamples=4",
-        "seqlen=2048": f"seqlen=64, dataset={text_file!r}, batch_size=4, iters=2, "
-        "enable_torch_compile=False, device_map='cpu'",
-    }
-    namespace = {}
-    for block in blocks("python"):
-        code = block
-        for long, short in smaller.items():
-            code = code.replace(long, short)
-        exec(compile(code, "README.md", "exec"), namespace)
-    assert namespace["folder"]
-    assert namespace["config"].alignment.own_objective.name == "worst_expert"
-
-
-@pytest.mark.parametrize("block", blocks("bash"))
-@pytest.mark.usefixtures("bfloat16")
-def test_every_shell_line_is_a_command_of_this_project(
-    block, text_file, tmp_path, monkeypatch
-):
-    """`vsraq` lines run; `make` and `pip` lines would install or call this suite."""
-    monkeypatch.chdir(ROOT)
-    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
-    for line in block.strip().splitlines():
-        program, *arguments = shlex.split(line)
-        if program == "make":
-            assert set(arguments) <= set(targets)
-        elif program == "vsraq":
-            command = _parser().parse_args(arguments).command
-            # of the export of a model that is not here; has a test of its own
-            if command in ("verify", "compare", "report", "demo"):
-                continue
-            assert command in ("plan", "quantize")
-            arguments = [a.replace("out/plan", f"{tmp_path}/plan") for a in arguments]
-            smaller = [
-                f"model={model_path()}",
-                f"output={tmp_path / 'out'}",
-                "algorithm.iters=1",
-                "algorithm.group_size=32",
-                f"calibration.dataset={text_file}",
-                "calibration.nsamples=4",
-                "calibration.seqlen=64",
-                "runtime.enable_torch_compile=false",
-                "runtime.device_map=cpu",
-                *(["--tokens=256"] if command == "plan" else []),
-            ]
-            assert main([*arguments, *smaller]) == 0
-        else:
-            assert line == "pip install ."
 
 
 def test_the_table_of_objectives_is_that_of_the_code():
@@ -106,13 +34,6 @@ def test_every_option_and_hyperparameter_is_described():
     }
     known = vsraq.OBJECTIVES.values()
     assert described == {(o.name, name) for o in known for name in o.hyperparameters}
-
-
-def test_every_recipe_is_one():
-    recipes = [parse_yaml(block) for block in blocks("yaml")]
-    assert recipes
-    for recipe in recipes:
-        assert parse_recipe(recipe).algorithm_config()
 
 
 def test_every_link_leads_somewhere():

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The documentation site: built strictly, then opened page by page in a browser."""
 
 import importlib.util
@@ -145,8 +146,9 @@ def test_a_dead_link_or_anchor_ends_the_build(tmp_path):
     text = text.replace("docs/hooks/site.py", str(ROOT / "docs/hooks/site.py"))
     (tmp_path / "docs").mkdir()
     (tmp_path / "mkdocs.yml").write_text(
-        text.replace("docs_dir: docs", f"docs_dir: {tmp_path}/docs")
-        .replace("paths: [src]", f"paths: [{ROOT}/src]")
+        text.replace("docs_dir: docs", f"docs_dir: {tmp_path}/docs").replace(
+            "paths: [src]", f"paths: [{ROOT}/src]"
+        )
     )
     page = tmp_path / "docs" / "index.md"
     for fault in ("[a](nowhere.md)", "[a](#nowhere)", "[a](/nowhere.md)", "[`a`][b.c]"):

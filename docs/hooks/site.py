@@ -37,7 +37,7 @@ MODULES = {
     "vsraq.bits": "bit plans",
     "vsraq.analysis": "models compared",
     "vsraq.checkpoint": "exports, read and verified",
-    "vsraq.checkpoint.formats": "export formats",
+    "vsraq.checkpoint.formats.format": "what an export format is",
     "vsraq.recipe": "recipes, and runs of them",
     "vsraq.run_record.file": "what a run has written down",
     "vsraq.report": "the report",
@@ -129,13 +129,24 @@ def on_files(files: Files, config: Any) -> Files:
         files.append(File.generated(config, page, abs_src_path=str(ROOT / path)))
     for path in sorted(ROOT.glob("configs/*.yaml")):
         source = str(path)
-        files.append(File.generated(config, f"configs/{path.name}", abs_src_path=source))
+        files.append(
+            File.generated(config, f"configs/{path.name}", abs_src_path=source)
+        )
     files.append(File.generated(config, "api/index.md", content=_api_index()))
     documented: dict[str, str] = {}
     for module in MODULES:
         content = _api_page(module, documented)
         files.append(File.generated(config, page_of(module), content=content))
     return files
+
+
+def _place_of(path: str) -> str:
+    """Return where the site has a file of the repository."""
+    places = {file: page for page, file in SHOWN.items()}
+    places |= {
+        str(_file_of(module).relative_to(ROOT)): page_of(module) for module in MODULES
+    }
+    return places.get(path, path.removeprefix("docs/"))
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
@@ -145,9 +156,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     def translated(link: re.Match[str]) -> str:
         path, hash_, anchor = link[1].partition("#")
         target = posixpath.normpath(posixpath.join(posixpath.dirname(here), path))
-        places = {file: site for site, file in SHOWN.items()}
-        place = places.get(target, target.removeprefix("docs/"))
-        start = posixpath.dirname(page.file.src_uri)
-        return f"]({posixpath.relpath(place, start or '.')}{hash_}{anchor})"
+        start = posixpath.dirname(page.file.src_uri) or "."
+        place = posixpath.relpath(_place_of(target), start)
+        return f"]({place}{hash_}{anchor})"
 
     return re.sub(r"\]\((?![a-z]+:|#)([^)\s]+)\)", translated, markdown)

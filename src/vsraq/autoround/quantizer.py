@@ -6,7 +6,8 @@ Seams of AutoRound 0.16 used here, each pinned by a contract test: `bind`,
 `quantize_block`, `_get_loss`, `_get_non_zero_cnt`, `_step`, `finalize_run`. Where
 AutoRound has none, a method of one of the run's objects is wrapped: block forward,
 calibration (`cache_data`), `wrapper_block` while a block is tuned, and what saves the
-export. No class or module of AutoRound is changed.
+export. No class of AutoRound is changed, and of its modules only `calib_dataset`: our
+data sets are registered there, and its `get_dataset` is wrapped (`calibration_data`).
 """
 
 import logging
