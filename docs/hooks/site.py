@@ -160,4 +160,4 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         place = posixpath.relpath(_place_of(target), start)
         return f"]({place}{hash_}{anchor})"
 
-    return re.sub(r"\]\((?![a-z]+:|#)([^)\s]+)\)", translated, markdown)
+    return re.sub(r"\]\((?![a-z]+:|[#/])([^)\s]+)\)", translated, markdown)
