@@ -120,7 +120,7 @@ def check_command(words, where):
     if program == "vsraq":
         parsed = _parse(arguments)
         config = getattr(parsed, "config", None)
-        if config is not None and config.parts[0] == "configs":
+        if config is not None and config.parts[0] in ("configs", "examples"):
             load_recipe(ROOT / config, parsed.overrides)
     elif program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
