@@ -164,7 +164,7 @@ def test_a_wrong_line_is_found(line):
 
 @pytest.mark.usefixtures("bfloat16")
 def test_recipes_on_the_command_line_run(folder, monkeypatch, tmp_path):
-    """Those of the options, with a tiny model; tests/test_five_commands.py has others."""
+    """Those of the options; tests/test_five_commands.py has the README's."""
     monkeypatch.chdir(ROOT)
     ran = []
     for block in SHELL:
