@@ -180,7 +180,7 @@ def measured(model: str, scheme: str, engine: str | None) -> planning.Measured:
         windows = routing.calibration_windows(PLANNING_WINDOWS, PLANNING_SEED)
         started = time.process_time()
         found = planning.measure_units(
-            prepared.model, known.units, known.candidates, list(windows.split(1))
+            prepared.model, known.units, known.candidates, [windows]
         )
         seconds = time.process_time() - started
         print(f"{path.stem}: units measured in {seconds:.0f} CPU s", flush=True)
