@@ -38,7 +38,9 @@ import routing
 import vsraq
 from bits_grid import (
     BUDGETS,
+    PLANS,
     RECIPES,
+    ROUTING,
     SCHEMES,
     WITH_HEAD,
     Budget,
@@ -59,7 +61,7 @@ from vsraq.bits.units import Unit, find_units
 from vsraq.checkpoint import load_model
 
 RESULTS = Path(__file__).with_name("bits.jsonl")
-PLANS = routing.ROOT / "out" / "plans"
+MEASURED = routing.ROOT / "out" / "plans"
 PLANNING_WINDOWS = 16  # of 256 tokens
 PLANNING_SEED = 100  # calibration windows of no cell's seed
 PLANNING_DATASET = "vsraq-planning"
@@ -138,7 +140,7 @@ def spend(cell: Cell) -> dict[str, Any]:
         return {"group_size": int(cell.way.split()[-1])}
     if cell.way == "W4A16_MIXED":
         return {"scheme": "W4A16_MIXED"}
-    if cell.way in ("plan", WITH_HEAD):
+    if cell.way in PLANS:
         return {"layer_config": plan(cell)}
     if cell.way == "AutoScheme":
         return {"scheme": auto_scheme(cell.model, cell.scheme, budget)}
@@ -154,7 +156,7 @@ def plan(cell: Cell) -> dict[str, Any]:
         known.candidates,
         measured(cell.model, cell.scheme, budget.engine),
         planning.Sizes(known.export.bytes_of, known.limit(budget)),
-        {"kl": 1.0},
+        {"kl": 1.0, "routing": 1.0} if cell.way == ROUTING else {"kl": 1.0},
     )
     return layers_of(known, chosen, budget.engine)
 
@@ -169,7 +171,7 @@ def measured(model: str, scheme: str, engine: str | None) -> planning.Measured:
     head = engine is None and scheme != "NVFP4"
     known = sizes(model, scheme, engine, head)
     parts = [model, routing.weights_hash(model), scheme, engine or "any"]
-    path = PLANS / f"{'-'.join(parts)}.json"
+    path = MEASURED / f"{'-'.join(parts)}.json"
     if not path.exists():
         prepared = PreparedModel.of(
             routing.load_bench_model(model),
@@ -190,7 +192,7 @@ def measured(model: str, scheme: str, engine: str | None) -> planning.Measured:
             "flip_kl": found.adding.flip_kl,
             "damages": [[*names, asdict(d)] for names, d in found.damages.items()],
         }
-        PLANS.mkdir(parents=True, exist_ok=True)
+        MEASURED.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(lines))
     lines = json.loads(path.read_text())
     damages = {(unit, name): Damage(**d) for unit, name, d in lines["damages"]}

@@ -45,13 +45,15 @@ BUDGETS = {
     "mixed": Budget(None, "vllm"),
 }
 WITH_HEAD = "plan, output head too"
+ROUTING = "plan, KL and routing"  # both as shares of the uniform scheme's
+PLANS = ("plan", ROUTING, WITH_HEAD)
 RANDOM = tuple(f"random {draw}" for draw in range(3))
 # scheme -> budget -> ways to spend it
 WAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "W4A16": {
         "uniform": ("uniform", "groups of 64", "groups of 32"),
-        "0 %": ("plan", "AutoScheme", WITH_HEAD, *RANDOM),
-        "+3 % vllm": ("plan", "AutoScheme", "attention first", *RANDOM),
+        "0 %": (*PLANS, "AutoScheme", *RANDOM),
+        "+3 % vllm": ("plan", ROUTING, "AutoScheme", "attention first", *RANDOM),
         "mixed": ("plan", "W4A16_MIXED"),
         "-3 %": ("plan",),
         "+1 % vllm": ("plan",),
@@ -60,13 +62,13 @@ WAYS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "W3A16": {
         "uniform": ("uniform", "groups of 64"),
-        "0 %": ("plan", "AutoScheme", WITH_HEAD, *RANDOM),
+        "0 %": (*PLANS, "AutoScheme", *RANDOM),
         "+3 %": ("plan", "AutoScheme", "attention first"),
         "-3 %": ("plan",),
     },
     "NVFP4": {
         "uniform": ("uniform",),
-        "+4 %": ("plan", "AutoScheme", "attention first", *RANDOM),
+        "+4 %": ("plan", ROUTING, "AutoScheme", "attention first", *RANDOM),
     },
 }
 

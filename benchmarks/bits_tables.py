@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import routing
-from bits_grid import RANDOM, RECIPES, SCHEMES, WAYS, WITH_HEAD
+from bits_grid import PLANS, RANDOM, RECIPES, ROUTING, SCHEMES, WAYS, WITH_HEAD
 
 ITERS = 50  # of AutoRound; cells with other iterations have a table of their own
 
@@ -151,7 +151,7 @@ def format_aims(table: Mapping[Key, Row]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for (schemes, budget), (kl, jaccard) in AIMS.items():
-        for way in ("plan", WITH_HEAD, "AutoScheme"):
+        for way in (*PLANS, "AutoScheme"):
             found = [
                 row
                 for (_, *key_), row in table.items()
@@ -216,6 +216,7 @@ def plot(table: Mapping[Key, Row], path: Path) -> None:
     markers = {
         "uniform": "s",
         "plan": "o",
+        ROUTING: "P",
         WITH_HEAD: "*",
         "AutoScheme": "^",
         "W4A16_MIXED": "D",

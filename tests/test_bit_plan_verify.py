@@ -12,7 +12,7 @@ from auto_round import AutoRound
 import tiny
 from vsraq.autoround import plan_bits
 from vsraq.bits import BitPlan
-from vsraq.checkpoint import CheckpointError, verify
+from vsraq.checkpoint import CheckpointError, load_model, verify
 from vsraq.checkpoint.bounds import Sums, judge
 from vsraq.checkpoint.planned import PLAN_FILE, PlannedLayers, config_digest
 
@@ -204,3 +204,35 @@ def test_a_plan_is_read_as_it_was_written(planned, tmp_path):
     plan = planned[0]
     plan.save(tmp_path / "plan.json")
     assert BitPlan.load(tmp_path / "plan.json") == plan
+
+
+@pytest.mark.parametrize(
+    ("engine", "export_format"), [(None, "auto_round"), ("vllm", "llm_compressor")]
+)
+def test_float_layers_of_two_kinds_are_verified(tmp_path, engine, export_format):
+    source = tiny.save("solar_open", tmp_path / "source")
+    plan = make_plan(scheme="NVFP4", engine=engine, export_format=export_format)
+    assert "MXFP8" in {unit.chosen for unit in plan.units}
+    run = AutoRound(
+        tiny.in_bfloat16(tiny.tiny_model("solar_open")),
+        tiny.tiny_tokenizer(),
+        scheme="NVFP4",
+        dataset=tiny.calibration(),
+        iters=1,
+        layer_config=plan.layer_config,
+        **tiny.RUN,
+    )
+    _, folder = run.quantize_and_save(str(tmp_path / "out"), format=export_format)
+    plan.save(f"{folder}/{PLAN_FILE}")
+    found = verify(folder, source)
+    layers = sum(len(unit.layers) for unit in plan.units)
+    assert found.planned_layers == layers
+    if export_format == "llm_compressor":  # experts in NVFP4
+        with pytest.raises(ValueError, match="transformers loads NVFP4 experts"):
+            load_model(folder)
+        return
+    exported, loaded = load_model(folder), load_model(source)
+    ids = tiny.calibration()[0][None]
+    with torch.no_grad():
+        q_logits, fp_logits = exported(ids).logits, loaded(ids).logits
+    assert 0 < (q_logits - fp_logits).norm() / fp_logits.norm() < 0.5

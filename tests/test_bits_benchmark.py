@@ -58,7 +58,9 @@ def test_cells_spend_the_bytes_of_their_budget(command, tmp_path):
 
 
 def result(seed, way, kl, jaccard, recipe="AutoRound"):
-    cell = bits_grid.Cell("solar_open", "x", "W4A16", "0 %", way, recipe, seed, 50, 32, 128)
+    cell = bits_grid.Cell(
+        "solar_open", "x", "W4A16", "0 %", way, recipe, seed, 50, 32, 128
+    )
     figures = {"bytes": 2**20, "active": 2**19, "kl": kl, "jaccard": {"a": jaccard}}
     figures |= {"seconds": 60.0}
     return vars(cell) | figures | {"excess_nll": 0.01, "excess_nll_error": 0.002}

@@ -110,7 +110,8 @@ def test_default_options_are_what_engines_load():
     assert options("vllm") == options("sglang") == ["W8A16"]
     assert options(None, export_format="auto_gptq") == ["W2A16", "W3A16", "W8A16"]
     assert options("vllm", "MXFP4") == ["MXFP8", "BF16"]
-    assert options("vllm", "NVFP4", "llm_compressor") == ["BF16"]
+    for engine, form in ((None, "auto_round"), ("vllm", "llm_compressor")):
+        assert options(engine, "NVFP4", form) == ["MXFP8", "BF16"]
 
 
 def test_three_bits_are_refused():

@@ -173,17 +173,15 @@ def current_versions() -> dict[str, str]:
 def default_options(scheme: str, engine: Engine, export_format: str) -> list[str]:
     """Name the schemes that a plan chooses from if nobody says which.
 
-    For integers: those of 2 to 8 bits with the same groups. For others: 16 bits, and
-    for MXFP4 also MXFP8. Those that the engine does not load, or the format does not
-    hold, are left out.
+    For integers: those of 2 to 8 bits with the same groups. For others: MXFP8 and 16
+    bits. Those that the engine does not load, or the format does not hold, are left
+    out.
     """
     default = scheme_fields(scheme)
     if default["data_type"] == "int":
         names = [f"W{bits}A16" for bits in (2, 3, 4, 5, 6, 8)]
-    elif "mx_fp" in str(default["data_type"]):
-        names = ["MXFP8", "BF16"]
     else:
-        names = ["BF16"]
+        names = ["MXFP8", "BF16"]
     return [
         name
         for name in names

@@ -56,9 +56,9 @@ def load_model(path: str | Path, **kwargs: Any) -> PreTrainedModel:
     with Checkpoint(path) as checkpoint:
         config = checkpoint.config
         quantization = config.get("quantization_config") or {}
-        if "nvfp4" in str(quantization.get("format")) and any(
-            ".experts." in name for name in checkpoint
-        ):
+        groups = (quantization.get("config_groups") or {}).values()
+        formats = [kind.get("format") for kind in (quantization, *groups)]
+        if "nvfp4" in str(formats) and any(".experts." in name for name in checkpoint):
             raise ValueError(
                 f"path={str(path)!r}: transformers loads NVFP4 experts in "
                 "compressed-tensors format without their global scale "
