@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypeAlias
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from vsraq.routers import Router
-from vsraq.whole_file import write_whole
+from vsraq.tensor_file import read_tensor_file, write_tensor_file
 
 _FORMAT = "vsraq routing 1"
 
@@ -97,11 +95,10 @@ class RoutingRecord:
             for r in self.routers
         ]
         metadata = {
-            "format": _FORMAT,
             "routers": json.dumps(described),
             "complete": json.dumps(self.complete),
         }
-        write_whole(Path(path), save(tensors, metadata))
+        write_tensor_file(path, _FORMAT, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -118,14 +115,7 @@ class RoutingRecord:
             f"routing {str(path)!r}: not a record of this version; allowed is a file "
             "that RoutingRecord.save has written, so record the routing again"
         )
-        try:
-            with safe_open(path, framework="pt") as file:
-                found = file.metadata() or {}
-                if found.get("format") != _FORMAT:
-                    raise ValueError(f"{refused} (format={found.get('format')!r})")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{refused} ({error})") from error
+        tensors, found = read_tensor_file(path, _FORMAT, refused)
         routers = [
             RecordedRouter(
                 Router(

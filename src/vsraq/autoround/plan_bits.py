@@ -3,11 +3,11 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
 from torch import Tensor
 
+from vsraq import stamp
 from vsraq.autoround.export_sizes import ExportSizes
 from vsraq.autoround.planning import (
     Candidates,
@@ -167,7 +167,7 @@ def _warn_of_prediction(plan: BitPlan) -> None:
 
 def current_versions() -> dict[str, str]:
     """Return the versions of the packages that decide a plan."""
-    return {name: version(name) for name in ("vsraq", "auto-round", "transformers")}
+    return stamp.versions("vsraq", "auto-round", "transformers")
 
 
 def default_options(scheme: str, engine: Engine, export_format: str) -> list[str]:

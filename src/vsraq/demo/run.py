@@ -26,6 +26,7 @@ from vsraq.demo import model_path
 from vsraq.demo.text import Split, documents
 from vsraq.recipe import Calibration, Method, Recipe, bit_plan, build, plan_path
 from vsraq.report import write_report
+from vsraq.resume.output_folder import export_folders
 
 ITERS = 30
 SEQLEN = 256
@@ -259,7 +260,7 @@ def _export(
     _, saved = run.save_quantized(
         recipe.output, format=recipe.format, inplace=False, return_folders=True
     )
-    paths = [Path(p) for p in ([saved] if isinstance(saved, str) else saved)]
+    paths = export_folders(saved)
     for path in paths:
         plan = plan_path(recipe)
         if plan.is_file() and plan.parent != path:

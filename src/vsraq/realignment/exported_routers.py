@@ -26,6 +26,7 @@ from vsraq.realignment.record import (
     tensor_bytes,
     write_record,
 )
+from vsraq.resume.output_folder import export_folders
 
 logger = logging.getLogger("autoround.vsraq")
 
@@ -62,8 +63,7 @@ def around_saving(
         if saved is None:  # nothing was quantized yet
             return None
         model, folders = saved
-        # a list for several formats; a folder comes back as it was given
-        finish([Path(f) for f in (folders if isinstance(folders, list) else [folders])])
+        finish(export_folders(folders))
         return (model, folders) if wanted else model
 
     orchestrator.save_quantized = save_quantized

@@ -27,6 +27,7 @@ from vsraq.options import Threshold
 from vsraq.recipe.bits import bit_plan, run_layer_config
 from vsraq.recipe.callbacks import make_callbacks
 from vsraq.recipe.recipe import Recipe
+from vsraq.resume.output_folder import export_folders
 from vsraq.run_record.file import add_recipe
 from vsraq.tokens import TokenMask
 from vsraq.yaml_text import write_yaml
@@ -192,7 +193,7 @@ def run(
         config.token_mask, config.token_selection = mask, True
     autoround = build(recipe, config=config, plan=plan, callbacks=callbacks)
     _, folders = autoround.quantize_and_save(recipe.output, format=recipe.format)
-    paths = [Path(f) for f in ([folders] if isinstance(folders, str) else folders)]
+    paths = export_folders(folders)
     for path in paths:
         write_resolved(recipe, path, plan)
         add_recipe(path, recipe.model, recipe.scheme, recipe.resolved(), planning)

@@ -3,6 +3,7 @@
 
 import logging
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from vsraq.resume.disk_errors import DiskError
@@ -17,6 +18,16 @@ _PATTERNS = (
     "pytorch_model*.bin*",
     "*.gguf",
 )
+
+
+def export_folders(saved: str | Path | Sequence[str | Path]) -> list[Path]:
+    """Return the folders of an export, which AutoRound gives for `return_folders`.
+
+    Args:
+        saved: A list for several formats; a folder comes back as it was given.
+    """
+    folders = [saved] if isinstance(saved, str | Path) else saved
+    return [Path(folder) for folder in folders]
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -6,13 +6,12 @@
 
 import json
 from collections.abc import Mapping
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
+from vsraq import stamp
 from vsraq.callbacks import BlockResult
 from vsraq.strict import StrictModel
 from vsraq.whole_file import write_whole
@@ -119,8 +118,8 @@ def run_file(
     """
     return {
         "format": FORMAT,
-        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "versions": {name: version(name) for name in PACKAGES},
+        "created": stamp.now(),
+        "versions": stamp.versions(*PACKAGES),
         "model": model,
         "scheme": scheme,
         "recipe": None,

@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from vsraq.tensor_file import read_tensor_file, write_tensor_file
 from vsraq.tokens.sampling import Sampling
-from vsraq.whole_file import write_whole
 
 _FORMAT = "vsraq token mask 1"
 
@@ -186,7 +184,6 @@ class TokenMask:
             "lengths": torch.tensor([mask.numel() for mask in self.masks]),
         }
         metadata = {
-            "format": _FORMAT,
             "model": self.model,
             "scheme": self.scheme,
             "tau": repr(self.tau),
@@ -195,7 +192,7 @@ class TokenMask:
             "vsraq": self.vsraq,
             "hashes": json.dumps(self.hashes),
         }
-        write_whole(Path(path), save(tensors, metadata))
+        write_tensor_file(path, _FORMAT, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -212,17 +209,11 @@ class TokenMask:
             f"token mask {str(path)!r}: not a mask of this version; allowed is a file "
             "that TokenMask.save has written, so make a new one"
         )
-        try:
-            with safe_open(path, framework="pt") as file:
-                found = file.metadata() or {}
-                if found.get("format") != _FORMAT:
-                    raise ValueError(f"{refused} (format={found.get('format')!r})")
-                selected = file.get_tensor("selected")
-                lengths = file.get_tensor("lengths").tolist()
-        except SafetensorError as error:
-            raise ValueError(f"{refused} ({error})") from error
+        names = ("selected", "lengths")
+        tensors, found = read_tensor_file(path, _FORMAT, refused, names)
+        selected, lengths = (tensors[name] for name in names)
         return cls(
-            masks=tuple(mask.clone() for mask in selected.split(lengths)),
+            masks=tuple(mask.clone() for mask in selected.split(lengths.tolist())),
             hashes=tuple(json.loads(found["hashes"])),
             model=found["model"],
             scheme=found["scheme"],
