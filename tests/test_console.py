@@ -7,9 +7,12 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import tiny
@@ -21,6 +24,7 @@ from vsraq.callbacks import (
     Step,
     listens_to_steps,
 )
+from vsraq.cli import _demo_log
 from vsraq.console import run_console
 from vsraq.console.live_line import LiveLine, PlainLines, open_line
 from vsraq.console.log_file import logged_to
@@ -225,6 +229,15 @@ def test_verbose_shows_everything(tmp_path, capsys):
     assert capsys.readouterr() == ("printed\nsaid\n", "")
 
 
+def test_a_verbose_demo_leaves_no_log(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    log = _demo_log(None)
+    with run_console(log, verbose=True):
+        assert not list(tmp_path.iterdir())
+    with run_console(log):
+        assert list(tmp_path.iterdir()) == [log]
+
+
 # ── vsraq quantize ───────────────────────────────────────────────────────────
 
 
@@ -306,6 +319,26 @@ def test_quantize_says_what_matters(method, folder):
     aligned = {"router", "next router"} if method == "vsraq" else set()
     assert losses == {"reconstruction"} | aligned
     assert (run["coverage"] is not None) == (method == "vsraq")
+    if method == "auto_round":
+        compares_quietly(folder, path)
+
+
+def compares_quietly(folder, export):
+    """Loading an export makes AutoRound log, to a file."""
+    ids = folder / "ids.safetensors"
+    save_file({"input_ids": torch.cat(tiny.calibration(samples=2))}, ids)
+    for command, phase in (("compare", "comparing"), ("replay", "replaying")):
+        out = folder / command
+        models = (folder / "model", export)
+        done = vsraq(command, *models, f"--data={ids}", f"--out={out}")
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stderr == f"{phase}\n"
+        log, size, *_ = done.stdout.splitlines()
+        assert log == f"log: {out / f'vsraq_{command}.log'}"
+        assert size.startswith("the full-precision pass writes 64 tokens x ")
+        logged = (out / f"vsraq_{command}.log").read_text()
+        assert "full precision: 100%" in logged
+        assert "\r" not in logged
 
 
 def test_an_error_of_the_run_ends_with_the_log(folder):

@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     with_debug = [parser, *_add_commands(commands)]
-    for name in ("demo", "quantize"):
+    for name in ("demo", "quantize", "compare", "replay"):
         commands.choices[name].add_argument(
             "--verbose", action="store_true", help="show the log instead of one line"
         )
@@ -176,8 +176,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _demo_log(output: Path | None) -> Path:
     if output is not None:
         return output / "vsraq_demo.log"
-    # the exports are deleted, the log stays
-    with NamedTemporaryFile(prefix="vsraq-demo-", suffix=".log", delete=False) as file:
+    # The exports are deleted, the log stays. Its name is free again here, because
+    # --verbose writes none.
+    with NamedTemporaryFile(prefix="vsraq-demo-", suffix=".log") as file:
         return Path(file.name)
 
 

@@ -2,7 +2,10 @@
 """The command `vsraq compare`: its arguments, and its run."""
 
 import argparse
+import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,13 @@ def add_compare(commands: Any) -> argparse.ArgumentParser:
     add(
         "--keep-fp-pass",
         action="store_true",
-        help="leave what the full-precision pass stores in DIR/fp_pass",
+        help="leave what the full-precision pass stores in DIR/fp_pass; later "
+        "comparisons of the same model and text use it",
+    )
+    add(
+        "--fresh",
+        action="store_true",
+        help="run the full-precision model, whatever lies in DIR/fp_pass",
     )
     return compare
 
@@ -60,6 +69,7 @@ def add_run_options(command: argparse.ArgumentParser) -> None:
 def run_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return those of the options that are given, as `compare` takes them."""
     from vsraq.analysis import Thresholds
+    from vsraq.analysis.preparation import Settings
 
     given = {
         "sampled_jsd": arguments.jsd_threshold,
@@ -67,17 +77,53 @@ def run_options(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     names = ("seqlen", "sequences", "batch_size", "dtype", "device", "seed")
     options = {n: getattr(arguments, n) for n in names}
+    options = {n: v for n, v in options.items() if v is not None}
+    # refuses numbers before anything is opened
+    Settings(**{n: v for n, v in options.items() if n not in ("dtype", "device")})
     return {
         "thresholds": Thresholds(**{n: v for n, v in given.items() if v is not None}),
         "trust_remote_code": arguments.trust_remote_code,
-        **{n: v for n, v in options.items() if v is not None},
+        **options,
     }
+
+
+class _Saying(logging.Handler):
+    """Let a console say what is logged."""
+
+    def __init__(self, console: Any) -> None:
+        super().__init__(logging.INFO)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.say(record.getMessage())
+
+
+@contextmanager
+def analysis_console(log: Path, phase: str, *, verbose: bool) -> Iterator[Any]:
+    """Show what models do on one line, and what the analysis itself says.
+
+    Args:
+        log: Gets everything else, such as what a loader logs.
+        phase: What is going on.
+        verbose: Show all of it instead.
+    """
+    from vsraq.console import run_console
+
+    logger = logging.getLogger("vsraq.analysis")
+    with run_console(log, verbose=verbose) as console:
+        console.phase(phase)
+        handler, level = _Saying(console), logger.level
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        try:
+            yield console
+        finally:
+            logger.setLevel(level)
+            logger.removeHandler(handler)
 
 
 def run_compare(arguments: argparse.Namespace) -> int:
     """Compare the models, print a table, and return the exit status."""
-    import logging
-
     from vsraq.analysis import compare
 
     methods: dict[str, str] = {}
@@ -89,22 +135,20 @@ def run_compare(arguments: argparse.Namespace) -> int:
         methods[name] = path
     if not methods:
         raise ValueError("no quantized model: allowed is QUANTIZED, --method, or both")
-    log = logging.getLogger("vsraq.analysis")
-    log.setLevel(logging.INFO)
-    log.addHandler(handler := logging.StreamHandler())
-    try:
+    options = run_options(arguments)
+    log = arguments.out / "vsraq_compare.log"
+    with analysis_console(log, "comparing", verbose=arguments.verbose) as console:
         found = compare(
             arguments.fp_model,
             methods,
             arguments.data,
             arguments.out,
             keep_fp_pass=arguments.keep_fp_pass,
-            progress=sys.stderr.isatty(),
-            **run_options(arguments),
+            fresh=arguments.fresh,
+            progress=not arguments.verbose or sys.stderr.isatty(),
+            **options,
         )
-    finally:
-        log.removeHandler(handler)
-    print(found)
+        console.say(str(found))
     for path in found.paths(arguments.out):
         print(f"written to {path}")
     return 0

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vsraq.compare_command import add_run_options, run_options
+from vsraq.compare_command import add_run_options, analysis_console, run_options
 
 
 def add_replay(commands: Any) -> argparse.ArgumentParser:
@@ -35,16 +35,19 @@ def run_replay(arguments: argparse.Namespace) -> int:
     """Measure the replay, print its figures, and return the exit status."""
     from vsraq.analysis import measure_replay
 
-    found = measure_replay(
-        arguments.fp_model,
-        arguments.q_model,
-        arguments.data,
-        arguments.region,
-        arguments.out,
-        name=arguments.name or Path(arguments.q_model).name or "quantized",
-        progress=sys.stderr.isatty(),
-        **run_options(arguments),
-    )
-    print(found)
+    options = run_options(arguments)
+    log = arguments.out / "vsraq_replay.log"
+    with analysis_console(log, "replaying", verbose=arguments.verbose) as console:
+        found = measure_replay(
+            arguments.fp_model,
+            arguments.q_model,
+            arguments.data,
+            arguments.region,
+            arguments.out,
+            name=arguments.name or Path(arguments.q_model).name or "quantized",
+            progress=not arguments.verbose or sys.stderr.isatty(),
+            **options,
+        )
+        console.say(str(found))
     print(f"written to {arguments.out / 'replay.json'}")
     return 0
