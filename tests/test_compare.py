@@ -2,14 +2,20 @@
 """`vsraq.compare`: every figure against its slow twin, and what it refuses."""
 
 import copy
+import inspect
 import json
 import logging
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import GenerationConfig
 
 import compare_reference
@@ -19,6 +25,7 @@ from families import causal_moe_types, tiny_family
 from test_capture import hook_count
 from vsraq.analysis import Comparison, Thresholds, compare_models, fp_pass
 from vsraq.analysis.results import LAYER_METRICS, METRICS
+from vsraq.analysis.sources import ModelSource
 from vsraq.checkpoint import load_model
 from vsraq.tokens import Sampling
 
@@ -390,6 +397,217 @@ def test_a_full_disk_is_refused_before_anything_is_written(pair, tmp_path, monke
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+def test_the_size_is_said_before_the_pass(pair, tmp_path, caplog, monkeypatch):
+    """And nothing but 32 tokens has run when the disk is full."""
+    caplog.set_level(logging.INFO, "vsraq.analysis")
+    seen = []
+    hook = (
+        pair[0]
+        .model.layers[0]
+        .register_forward_hook(
+            lambda _m, args, _o: seen.append((args[0].shape[1], len(caplog.messages)))
+        )
+    )
+    long = torch.cat(tiny.calibration(samples=4, seqlen=64))
+    with hook:
+        vsraq.compare(*pair, long)
+        assert max(tokens for tokens, said in seen if not said) == 32
+        assert [said for tokens, said in seen if tokens > 32] == [1]
+        usage = shutil._ntuple_diskusage(10, 10, 100)
+        monkeypatch.setattr(fp_pass.shutil, "disk_usage", lambda _: usage)
+        seen.clear()
+        with pytest.raises(ValueError, match="256 tokens x 272 bytes"):
+            vsraq.compare(*pair, long, tmp_path)
+        assert max(tokens for tokens, _ in seen) == 32
+
+
+def masking(model, token):
+    """A copy whose logit of one token is -inf."""
+
+    class Masking(type(model)):
+        def forward(self, *args, **kwargs):
+            result = super().forward(*args, **kwargs)
+            result.logits = result.logits.index_fill(
+                -1, torch.tensor([token]), -math.inf
+            )
+            return result
+
+    other = copy.deepcopy(model)
+    Masking.forward.__signature__ = inspect.signature(type(model).forward)
+    other.__class__ = Masking
+    return other
+
+
+def test_a_token_without_a_probability_is_named(pair, tmp_path):
+    ids = SEQUENCES.clone()
+    ids[ids == 77] = 78
+    ids[3, 9] = 77
+    masked = [masking(model, 77) for model in pair]
+    place = "the token at position 9 of sequence 3, counted from 0, so its NLL"
+    for batch_size in (1, 2, 5):
+        with pytest.raises(ValueError, match=f"full-precision model gives.*{place}"):
+            vsraq.compare(*masked, ids, tmp_path, batch_size=batch_size)
+    with pytest.raises(ValueError, match=f"bad gives no probability.*{place}"):
+        vsraq.compare(pair[0], {"bad": masked[1]}, ids)
+    with pytest.raises(ValueError, match=r"bad gives .*precision, after posit"):
+        vsraq.compare(pair[0], {"bad": masked[1]}, ids[:2])
+    assert not (tmp_path / "results.json").exists()
+    vsraq.compare(masked[0], masked[0], ids[:2])  # it is in no text
+
+
+# ── an earlier full-precision pass ────────────────────────────────────────────
+
+
+def forgetful(result):
+    found = result.as_dict()
+    for side in (found["full_precision"], *found["methods"].values()):
+        side.pop("seconds"), side.pop("tokens_per_second")
+    return {n: v for n, v in found.items() if n != "created"}
+
+
+@pytest.fixture
+def kept(folders, tmp_path, caplog):
+    """Run a comparison with a kept pass; say whether the pass was used again."""
+    caplog.set_level(logging.INFO, "vsraq.analysis")
+    fp = tmp_path / "fp"
+    shutil.copytree(folders[0], fp)
+
+    def run(**options):
+        caplog.clear()
+        options = {
+            "keep_fp_pass": True,
+            "data": SEQUENCES,
+            "dtype": "float32",
+        } | options
+        result = vsraq.compare(fp, folders[1], out=tmp_path / "out", **options)
+        said = "\n".join(caplog.messages)
+        return result, "is used again" in said, said
+
+    return fp, run
+
+
+def test_a_kept_pass_is_used_again(kept, tmp_path, folders):
+    _fp, run = kept
+    first, used, _ = run()
+    assert not used
+    again, used, said = run(keep_fp_pass=False)
+    assert used
+    assert "the same path, sizes and times of the model's files" in said
+    assert forgetful(first) == forgetful(again)
+    assert again.full_precision.seconds == first.full_precision.seconds
+    assert (tmp_path / "out" / "fp_pass" / "pass.json").is_file()  # it was kept before
+    assert not run(fresh=True)[1]
+    assert run()[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"data": SEQUENCES.flip(0)}, "of another tokens"),
+        ({"batch_size": 2}, "of another batch size"),
+        ({"dtype": "bfloat16"}, "of another dtype"),
+        ("weights", "of another model"),
+        ("config", "of another model"),
+        ("version", "of another version"),
+        ("format", "of another format"),
+        ("batch", "a file of it is gone, or has another size"),
+        ("broken", "pass.json cannot be read (JSONDecodeError"),
+    ],
+    ids=str,
+)
+def test_another_pass_is_not(kept, tmp_path, change, reason):
+    fp, run = kept
+    first, _, _ = run()
+    folder = tmp_path / "out" / "fp_pass"
+    whole = folder / "pass.json"
+    if change == "weights":
+        os.utime(fp / "model.safetensors", ns=(1, 1))
+    elif change == "config":
+        (fp / "config.json").write_text((fp / "config.json").read_text() + "\n")
+    elif change == "version":
+        whole.write_text(whole.read_text().replace(f'"{torch.__version__}"', '"1.0"'))
+    elif change == "format":
+        whole.write_text(whole.read_text().replace("fp-pass/1", "fp-pass/0"))
+    elif change == "batch":
+        batch = folder / "batch-000000.safetensors"
+        batch.write_bytes(batch.read_bytes()[:-1])
+    elif change == "broken":
+        whole.write_text("{")
+    result, used, said = run(**(change if isinstance(change, dict) else {}))
+    assert not used
+    assert reason in said
+    if isinstance(change, str):
+        assert forgetful(result) == forgetful(first)
+    assert run(**(change if isinstance(change, dict) else {}))[1]
+
+
+KILLED = """
+import os, signal, sys
+import torch, vsraq
+from vsraq.analysis.fp_pass import FullPrecisionPass
+write = FullPrecisionPass.write
+def write_and_die(self, index, batch):
+    write(self, index, batch)
+    if index == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+FullPrecisionPass.write = write_and_die
+fp, q, data, out = sys.argv[1:]
+vsraq.compare(fp, q, data, out, batch_size=2, dtype="float32", keep_fp_pass=True)
+"""
+
+
+def test_a_killed_pass_is_not_used_again(kept, folders, tmp_path):
+    fp, run = kept
+    save_file({"input_ids": SEQUENCES}, tmp_path / "ids.safetensors")
+    places = [fp, folders[1], tmp_path / "ids.safetensors", tmp_path / "out"]
+    command = [sys.executable, "-c", KILLED, *map(str, places)]
+    done = subprocess.run(command, check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = {path.name for path in (tmp_path / "out" / "fp_pass").iterdir()}
+    assert left == {"batch-000000.safetensors", "batch-000001.safetensors"}
+    result, used, _ = run(batch_size=5)
+    assert not used
+    left = {path.name for path in (tmp_path / "out" / "fp_pass").iterdir()}
+    assert left == {"batch-000000.safetensors", "pass.json"}
+    assert forgetful(result) == forgetful(run(fresh=True, batch_size=5)[0])
+
+
+def test_a_kept_pass_of_logits_is_used_again(folders, tmp_path, caplog, monkeypatch):
+    """Where the model cannot be split after its last block."""
+    caplog.set_level(logging.INFO, "vsraq.analysis")
+    monkeypatch.setattr("vsraq.analysis.forward.takes_embeddings", lambda _model: False)
+    options = {"keep_fp_pass": True, "dtype": "float32"}
+    first = vsraq.compare(*folders, SEQUENCES, tmp_path, **options)
+    assert "80 tokens x 1040 bytes" in caplog.text
+    monkeypatch.undo()
+    again = vsraq.compare(*folders, SEQUENCES, tmp_path, **options)
+    assert "is used again" in caplog.text
+    kl = [r.methods["quantized"].metrics["kl"].value for r in (first, again)]
+    assert kl[0] == pytest.approx(kl[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("files", "index", "counted"),
+    [
+        (["model.safetensors", "consolidated.safetensors", "tokens.safetensors"], 0, 1),
+        (["a.safetensors", "b.safetensors", "consolidated.safetensors"], 2, 2),
+        (["pytorch_model.bin", "training_args.bin"], 0, 1),
+        (["a.bin", "b.bin", "c.bin"], 2, 2),
+    ],
+)
+def test_the_size_is_that_of_the_weight_files(files, index, counted, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for place, name in enumerate(files):
+        (tmp_path / name).write_bytes(bytes(2**18 * (place + 1)))
+    if index:
+        of = "model.safetensors" if "safetensors" in files[0] else "pytorch_model.bin"
+        named = {f"w{i}": name for i, name in enumerate(files[:index])}
+        text = json.dumps({"weight_map": named})
+        (tmp_path / f"{of}.index.json").write_text(text)
+    expected = sum(range(1, counted + 1)) / 4
+    assert ModelSource("fp_model", tmp_path).mebibytes == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -398,7 +616,13 @@ def test_a_full_disk_is_refused_before_anything_is_written(pair, tmp_path, monke
         ({"q_models": {"a": 3}}, "a=int: allowed is a model, or the path"),
         ({"q_models": {"a": "there/is/none"}}, "a='there/is/none': neither a folder"),
         ({"batch_size": 0}, "batch_size=0: allowed is an int >= 1"),
-        ({"keep_fp_pass": True}, "keep_fp_pass=True"),
+        ({"batch_size": 2.5}, r"batch_size=2\.5: allowed is an int >= 1"),
+        ({"seed": -1}, "seed=-1: allowed is an int >= 0"),
+        ({"seed": True}, "seed=True: allowed is an int >= 0"),
+        ({"seqlen": 1}, "seqlen=1: allowed is an int >= 2, or None"),
+        ({"sequences": 0}, "sequences=0: allowed is an int >= 1, or None"),
+        ({"keep_fp_pass": True}, "keep_fp_pass=True: the full-precision pass is kept"),
+        ({"fresh": True}, "fresh=True: the full-precision pass is kept"),
         ({"seqlen": 129}, "seqlen=129: allowed is 2 to 128"),
         ({"sequences": 9}, "sequences=9: allowed is 1 to 5"),
     ],

@@ -13,7 +13,7 @@ import compare_reference
 import reference
 import tiny
 from vsraq.analysis.intervals import Interval, ratio_intervals
-from vsraq.analysis.outputs import output_change
+from vsraq.analysis.outputs import check_finite, output_change
 from vsraq.analysis.routing import expert_ranks, rank_counts, routing_change
 from vsraq.analysis.tally import EDGES, Histogram, Thresholds, TokenSample
 from vsraq.routers import find_routers
@@ -147,9 +147,16 @@ def test_bad_logits_are_refused():
         output_change(fp * math.nan, fp, ids, Sampling())
     masked = fp.clone()
     masked[0, 3] = -math.inf
-    with pytest.raises(ValueError, match="so KL is infinite"):
-        output_change(masked, fp, ids, Sampling())
-    output_change(fp, masked, ids, Sampling())  # the other way round it is not
+    found = output_change(masked, fp, ids, Sampling())
+    with pytest.raises(ValueError, match=r"bad gives .* 0 of sequence 7, .* KL is"):
+        check_finite(found, (2, 2), "bad", 7)
+    found = output_change(fp, masked, ids, Sampling())
+    check_finite(found, (2, 2), "bad", 7)  # the other way round it is not
+    ids[2] = 3
+    masked[2, 3] = -math.inf
+    found = output_change(masked, masked, ids, Sampling())
+    with pytest.raises(ValueError, match=r"full-.* 1 of sequence 8, .* NLL is"):
+        check_finite(found, (2, 2), "bad", 7)
 
 
 @given(

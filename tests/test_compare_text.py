@@ -131,21 +131,25 @@ def test_the_command_writes_both_files_and_a_table(folder, tmp_path, capsys):
     command += ["--jsd-threshold", "0.2", "--sequences", "4", "--keep-fp-pass"]
     assert main(command) == 0
     output, error = capsys.readouterr()
-    lines = output.splitlines()
+    log, size, *lines = output.splitlines()
+    assert log == f"log: {tmp_path / 'vsraq_compare.log'}"
+    assert size.startswith("the full-precision pass writes 128 tokens x 272 bytes")
+    assert error == "comparing\n"
     assert lines[0].split()[:3] == ["MiB", "perplexity", "excess_nll"]
     assert [line.split()[0] for line in lines[1:4]] == ["full", "other", "same"]
     assert lines[4:] == [
         f"written to {tmp_path}/results.json",
         f"written to {tmp_path}/tokens.safetensors",
     ]
-    assert "the full-precision pass writes 128 tokens x 272 bytes" in error
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["thresholds"] == {"sampled_jsd": 0.2, "routing_shift": 0.1}
     assert results["methods"]["same"]["metrics"]["kl"]["value"] == 0
     assert results["data"]["sequences"] == 4
-    assert [p.name for p in (tmp_path / "fp_pass").iterdir()] == [
-        "batch-000000.safetensors"
-    ]
+    kept = {p.name for p in (tmp_path / "fp_pass").iterdir()}
+    assert kept == {"batch-000000.safetensors", "pass.json"}
+    assert main([*command[:-1], "--sequences", "4"]) == 0
+    assert "is used again (the same path, sizes" in capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "fp_pass").iterdir()} == kept
 
 
 @pytest.mark.parametrize(
@@ -156,6 +160,20 @@ def test_the_command_writes_both_files_and_a_table(folder, tmp_path, capsys):
         (["FP", "nowhere", "--data", "TEXT"], 1, "nowhere='nowhere': neither a folder"),
         (["FP", "FP", "--data", "TEXT"], 1, "and a window 128"),
         (["FP", "FP", "--method", f"fp={1}", "--data", "TEXT"], 1, "each name once"),
+        *(
+            (
+                [*words, "--data", "TEXT", option, value],
+                1,
+                f"={value}: allowed is an int",
+            )
+            for words in (["FP", "FP"], ["REPLAY", "FP", "FP"])
+            for option, value in (
+                ("--batch-size", "0"),
+                ("--seqlen", "1"),
+                ("--sequences", "0"),
+                ("--seed", "-1"),
+            )
+        ),
         (["FP", "--method", "fp", "--data", "TEXT"], 2, "'fp': allowed is NAME=PATH"),
         (["FP", "FP"], 2, "--data"),
     ],
@@ -163,7 +181,9 @@ def test_the_command_writes_both_files_and_a_table(folder, tmp_path, capsys):
 )
 def test_errors_of_the_command(folder, tmp_path, capsys, words, status, message):
     places = {"FP": str(folder / "fp"), "TEXT": str(folder / "text.txt")}
-    command = ["compare", *(places.get(word, word) for word in words)]
+    name = "replay" if words[0] == "REPLAY" else "compare"
+    words = [word for word in words if word != "REPLAY"]
+    command = [name, *(places.get(word, word) for word in words)]
     if message == "and a window 128":
         (tmp_path / "short.txt").write_text("short")
         command[-1] = str(tmp_path / "short.txt")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What better routing would be worth: the experiment of SRA Fig. 4."""
 
+import copy
 import json
 
 import pytest
@@ -124,6 +125,34 @@ def test_a_model_whose_head_needs_more_than_hidden_states():
     assert result.after["sampled_jsd"].value < result.before["sampled_jsd"].value
 
 
+def of_logits(model):
+    """The same model, but it takes no embeddings, so that it cannot be split."""
+
+    class OfLogits(type(model)):
+        def forward(self, input_ids, use_cache=None):
+            return super().forward(input_ids=input_ids, use_cache=use_cache)
+
+    other = copy.deepcopy(model)
+    other.__class__ = OfLogits
+    return other
+
+
+def test_one_model_whose_head_cannot_be_used(pair, monkeypatch):
+    """Hidden states on one side, logits on the other, in chunks."""
+    expected = measure_replay(*pair, IDS, "all", **OPTIONS)
+    monkeypatch.setattr("vsraq.analysis.passes.CHUNK_TOKENS", 7)
+    monkeypatch.setattr("vsraq.analysis.passes.CHUNK_LOGITS", 1)
+    for whole in (0, 1):
+        models = list(pair)
+        models[whole] = of_logits(models[whole])
+        result = measure_replay(*models, IDS, "all", **OPTIONS)
+        for name in ("before", "after"):
+            found, wanted = (
+                getattr(r, name)["sampled_jsd"] for r in (result, expected)
+            )
+            assert found.value == pytest.approx(wanted.value, rel=1e-3)
+
+
 def test_nothing_chosen(pair):
     model, _ = pair
     result = measure_replay(model, model, IDS, "B", **OPTIONS)
@@ -181,7 +210,7 @@ def test_the_command(pair, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "q: " in printed
     assert "written to" in printed
-    assert [file.name for file in out.iterdir()] == ["replay.json"]
+    assert {file.name for file in out.iterdir()} == {"replay.json", "vsraq_replay.log"}
     found = json.loads((out / "replay.json").read_text())
     assert found["format"] == "vsraq-replay/1"
     assert (found["method"], found["region"], found["tokens"]) == ("q", "B", 60)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from vsraq.analysis.compare_models import BATCH_SIZE, SEED, Settings, run_models
-from vsraq.analysis.sources import LoadOptions, ModelSource
-from vsraq.analysis.tally import Thresholds
+from vsraq.analysis.compare_models import run_models
+from vsraq.analysis.fp_pass import FullPrecisionPass
+from vsraq.analysis.preparation import Prepared, Settings
+from vsraq.analysis.sources import ModelSource
 from vsraq.analysis.text import read_text
 
 
@@ -56,20 +57,13 @@ def closeness(
         ValueError: The models' routers differ, or there is no router or no batch.
     """
     text = read_text(list(batches), None, 0)
-    batch_size = max(BATCH_SIZE, 1)
-    settings = Settings(
-        batch_size, None, Thresholds(), None, SEED, LoadOptions(), progress=False
-    )
+    settings = Settings()
+    fp_source = ModelSource("fp_model", fp_model)
     sources = {"q_model": ModelSource("q_model", q_model)}
     with tempfile.TemporaryDirectory(prefix="vsraq-compare-") as folder:
-        run = run_models(
-            fp_model,
-            ModelSource("fp_model", fp_model),
-            sources,
-            text,
-            Path(folder),
-            settings,
-        )
+        stored = FullPrecisionPass(Path(folder), text.tokens)
+        ready = Prepared.of(fp_model, text, settings)
+        run = run_models(ready, fp_source, sources, stored, settings)
     tally = run.tallies["q_model"]
     sums, tokens = tally.token_sums(), text.tokens
     excess = sums["excess_nll"] / sums["predicted"]

@@ -5,27 +5,32 @@ Models run one after another, each once over the text. The full-precision pass l
 its routing and its last hidden states on disk, and its output head in memory.
 """
 
-import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from vsraq.analysis.forward import RoutedModel, evaluating
+from vsraq import stamp
+from vsraq.analysis.forward import evaluating
 from vsraq.analysis.fp_pass import FullPrecisionPass
-from vsraq.analysis.passes import (
-    FullPrecisionModel,
-    check_same_routers,
-    run_full_precision,
-    run_quantized,
+from vsraq.analysis.passes import FullPrecisionModel, run_quantized
+from vsraq.analysis.preparation import (
+    BATCH_SIZE,
+    PACKAGES,
+    SEED,
+    Prepared,
+    Settings,
+    full_precision,
+    identity_of,
+    opened_alike,
+    prepared,
 )
 from vsraq.analysis.results import (
     Comparison,
@@ -33,41 +38,18 @@ from vsraq.analysis.results import (
     FullPrecision,
     Layer,
     Method,
-    SamplingSource,
     SamplingUsed,
     token_values,
 )
-from vsraq.analysis.same_tokenizer import check_same_tokenizers, tokenizer_in
-from vsraq.analysis.sources import LoadOptions, ModelOrPath, ModelSource, free_memory
+from vsraq.analysis.sources import LoadOptions, ModelOrPath, ModelSource
 from vsraq.analysis.summary import summarize
 from vsraq.analysis.tally import Tally, Thresholds, TokenSample
-from vsraq.analysis.text import Text, TextData, read_text
+from vsraq.analysis.text import Text, TextData
 from vsraq.blocks import decoder_blocks
-from vsraq.routers import Router, find_routers
+from vsraq.routers import Router
 from vsraq.tokens.sampling import Sampling
 
-SEQLEN = 2048
-BATCH_SIZE = 8
-SEED = 42
 _PASS_FOLDER = "fp_pass"
-_log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How models are run; see `compare`."""
-
-    batch_size: int
-    sampling: Sampling | None
-    thresholds: Thresholds
-    router_pattern: str | None
-    seed: int
-    load: LoadOptions
-    progress: bool
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size}: allowed is an int >= 1")
 
 
 @dataclass(frozen=True)
@@ -76,16 +58,14 @@ class Run:
 
     Attributes:
         fp: The full-precision model after its pass.
-        sampling: How outputs were sampled.
-        sampling_source: Who says so.
+        ready: The text, and how outputs were sampled.
         blocks: The decoder blocks of the full-precision model.
         tallies: Sums of each method, by name.
         seconds: Wall time of each method's pass.
     """
 
     fp: FullPrecisionModel
-    sampling: Sampling
-    sampling_source: SamplingSource
+    ready: Prepared
     blocks: tuple[str, ...]
     tallies: dict[str, Tally]
     seconds: dict[str, float]
@@ -109,6 +89,7 @@ def compare(
     trust_remote_code: bool = False,
     seed: int = SEED,
     keep_fp_pass: bool = False,
+    fresh: bool = False,
     progress: bool = False,
 ) -> Comparison:
     """Compare quantized models with the full-precision one.
@@ -134,7 +115,9 @@ def compare(
         device: Where those go, such as "cuda:0" or "auto"; None is the CPU.
         trust_remote_code: As in transformers.
         seed: Of the intervals and of the sampled tokens.
-        keep_fp_pass: Leave what the full-precision pass stores in `out`/fp_pass.
+        keep_fp_pass: Leave what the full-precision pass stores in `out`/fp_pass. A
+            later comparison of the same model and text uses it again, and leaves it.
+        fresh: Run the full-precision model also where that would do.
         progress: Show a bar per pass on stderr.
 
     Returns:
@@ -145,92 +128,73 @@ def compare(
         ValueError: Routers or tokenizers differ, the text is too short, there is too
             little room on the disk, or an argument is not allowed.
     """
+    for option, given in (("keep_fp_pass", keep_fp_pass), ("fresh", fresh)):
+        if given and out is None:
+            raise ValueError(
+                f"{option}=True: the full-precision pass is kept in out, which is "
+                "None; allowed is a folder"
+            )
     settings = Settings(
-        batch_size,
-        sampling,
-        thresholds or Thresholds(),
-        router_pattern,
-        seed,
-        LoadOptions(dtype, device, trust_remote_code),
-        progress,
+        batch_size=batch_size,
+        seqlen=seqlen,
+        sequences=sequences,
+        sampling=sampling,
+        thresholds=thresholds or Thresholds(),
+        router_pattern=router_pattern,
+        seed=seed,
+        load=LoadOptions(dtype, device, trust_remote_code),
+        progress=progress,
     )
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
-    fp_source = ModelSource("fp_model", fp_model)
-    sources = _named(q_models)
-    named = {"the full-precision model": fp_source, **sources}
-    found = check_same_tokenizers(
-        {n: tokenizer_in(s.folder, trust_remote_code) for n, s in named.items()}
-    )
+    fp_source, sources = ModelSource("fp_model", fp_model), _named(q_models)
     with ExitStack() as stack:
-        folder = stack.enter_context(_pass_folder(out, keep_fp_pass))
-        model = stack.enter_context(fp_source.opened(settings.load))
-        text = read_text(data, tokenizer or found, window_of(model, seqlen), sequences)
-        run = run_models(model, fp_source, sources, text, folder, settings)
-        del model
-        result = _comparison(run, fp_source, sources, text, settings)
+        ready = stack.enter_context(
+            prepared(fp_source, sources, data, tokenizer, settings)
+        )
+        identity = identity_of(fp_source, ready.text, settings)
+        stored = stack.enter_context(
+            _stored_pass(out, keep_fp_pass, ready.text.tokens, identity)
+        )
+        run = run_models(ready, fp_source, sources, stored, settings, fresh=fresh)
+        result = _comparison(run, fp_source, sources, settings)
     if out is not None:
         result.save(out)
     return result
 
 
-def sampling_of(
-    model: nn.Module, given: Sampling | None
-) -> tuple[Sampling, SamplingSource]:
-    """Return how a model's outputs are sampled, and who says so."""
-    if given is not None:
-        return given, "given"
-    config = getattr(model, "generation_config", None)
-    sampled = getattr(config, "do_sample", None) is True
-    return Sampling.of(model), "generation_config" if sampled else "default"
-
-
 def run_models(
-    fp_model: nn.Module,
+    ready: Prepared,
     fp_source: ModelSource,
     sources: Mapping[str, ModelSource],
-    text: Text,
-    folder: Path,
+    stored: FullPrecisionPass,
     settings: Settings,
+    *,
+    fresh: bool = False,
 ) -> Run:
     """Run all models over a text, one after another; see `compare`."""
-    routers = find_routers(fp_model, router_pattern=settings.router_pattern)
-    check_same_routers(routers, routers, "it")
-    given, source = sampling_of(fp_model, settings.sampling)
-    stored = FullPrecisionPass(folder, text.tokens)
-    with evaluating(fp_model):
-        fp = run_full_precision(
-            RoutedModel(fp_model, routers),
-            text,
-            stored,
-            batch_size=settings.batch_size,
-            say=lambda message: _log.info("%s", message),
-            progress=settings.progress,
-        )
-    if fp_source.module is None:
-        fp.model.drop_blocks()
-        free_memory()
-    sample = TokenSample.draw(text.tokens, settings.seed)
-    run = Run(fp, given, source, decoder_blocks(fp_model, routers), {}, {})
-    for name, q_source in sources.items():
+    routers = ready.model.routers
+    fp = full_precision(ready, fp_source, stored, settings, fresh=fresh)
+    fp_model = fp.model.model
+    sample = TokenSample.draw(ready.text.tokens, settings.seed)
+    run = Run(fp, ready, decoder_blocks(fp_model, routers), {}, {})
+    for name, source in sources.items():
         tally = Tally(routers, settings.thresholds, sample)
         with (
-            q_source.opened(settings.load) as q_model,
-            evaluating(fp_model, q_model),
+            opened_alike(source, routers, name, settings) as q,
+            evaluating(fp_model, q.model),
         ):
-            found = find_routers(q_model, router_pattern=settings.router_pattern)
-            check_same_routers(found, routers, name)
             run.seconds[name] = run_quantized(
-                RoutedModel(q_model, routers),
+                q,
                 fp,
-                text,
+                ready.text,
                 tally,
-                sampling=given,
+                sampling=ready.sampling,
                 batch_size=settings.batch_size,
                 name=name,
                 progress=settings.progress,
             )
-            del q_model
+            del q
         run.tallies[name] = tally
     return run
 
@@ -239,9 +203,9 @@ def _comparison(
     run: Run,
     fp_source: ModelSource,
     sources: Mapping[str, ModelSource],
-    text: Text,
     settings: Settings,
 ) -> Comparison:
+    ready, text = run.ready, run.ready.text
     methods: dict[str, Method] = {}
     for name, tally in run.tallies.items():
         methods[name], perplexity = summarize(
@@ -254,10 +218,10 @@ def _comparison(
         )
     sampled = {name: tally.sampled() for name, tally in run.tallies.items()}
     return Comparison(
-        created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        versions={n: version(n) for n in ("vsraq", "torch", "transformers")},
+        created=stamp.now(),
+        versions=stamp.versions(*PACKAGES),
         data=DataUsed(text.source, text.tokens, text.sequences, text.seqlen),
-        sampling=SamplingUsed(**asdict(run.sampling), source=run.sampling_source),
+        sampling=SamplingUsed(**asdict(ready.sampling), source=ready.sampling_source),
         thresholds=settings.thresholds,
         full_precision=FullPrecision(
             source=fp_source.label,
@@ -309,38 +273,24 @@ def _named(q_models: Mapping[str, ModelOrPath] | ModelOrPath) -> dict[str, Model
     return {name: ModelSource(name, given) for name, given in q_models.items()}
 
 
-def window_of(model: nn.Module, seqlen: int | None) -> int:
-    """Return the tokens of a window: as given, or what the model can read.
-
-    Raises:
-        ValueError: The model cannot read that many.
-    """
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if config is not None else None
-    most = getattr(config, "max_position_embeddings", None)
-    if seqlen is None:
-        return min(SEQLEN, most or SEQLEN)
-    if seqlen < 2 or (most is not None and seqlen > most):
-        raise ValueError(
-            f"seqlen={seqlen}: allowed is 2 to {most}, the positions of the model"
-        )
-    return seqlen
-
-
 @contextmanager
-def _pass_folder(out: str | Path | None, keep: bool) -> Iterator[Path]:
-    """Yield the folder of the full-precision pass; it is removed unless it is kept."""
-    if keep and out is None:
-        raise ValueError(
-            "keep_fp_pass=True: it is kept in out, which is None; allowed is a folder"
-        )
+def _stored_pass(
+    out: str | Path | None,
+    keep: bool,
+    tokens: int,
+    identity: Mapping[str, Any] | None,
+) -> Iterator[FullPrecisionPass]:
+    """Yield where the full-precision pass goes.
+
+    It is removed afterwards, unless it is kept or was kept by an earlier comparison.
+    """
     if out is None:
         with tempfile.TemporaryDirectory(prefix="vsraq-compare-") as folder:
-            yield Path(folder)
+            yield FullPrecisionPass(Path(folder), tokens)
         return
-    kept = Path(out) / _PASS_FOLDER
+    stored = FullPrecisionPass(Path(out) / _PASS_FOLDER, tokens, identity)
     try:
-        yield kept
+        yield stored
     finally:
-        if not keep:
-            shutil.rmtree(kept, ignore_errors=True)
+        if not (keep or stored.reused):
+            shutil.rmtree(stored.folder, ignore_errors=True)

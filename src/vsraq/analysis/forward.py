@@ -19,7 +19,7 @@ from vsraq.routers import BoundRouter, Router
 from vsraq.tokens.output_head import OutputHead, output_head, takes_embeddings
 
 Kept = TypeVar("Kept")
-_CHECKED_TOKENS = 32
+CHECKED_TOKENS = 32
 _log = logging.getLogger(__name__)
 
 
@@ -98,7 +98,7 @@ class RoutedModel:
         """
         if not self._blocks:
             return
-        input_ids = input_ids[:1, :_CHECKED_TOKENS].to(self.device)
+        input_ids = input_ids[:1, :CHECKED_TOKENS].to(self.device)
         expected: Tensor = self.model(input_ids=input_ids).logits.flatten(0, 1).float()
         try:
             rows, returns_tuple = self._rows(input_ids)
@@ -119,6 +119,10 @@ class RoutedModel:
             type(self.model).__name__,
             " ".join(reason.split()),
         )
+        self.keep_to_logits()
+
+    def keep_to_logits(self) -> None:
+        """Take the model's logits from now on, not the states after its last block."""
         self._blocks = ()
 
     def _rows(self, input_ids: Tensor) -> tuple[Tensor, bool | None]:

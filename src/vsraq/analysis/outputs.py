@@ -53,7 +53,8 @@ def output_change(
         sampling: How outputs are sampled.
 
     Returns:
-        Float32, (n,) each; divergences are exactly 0 for equal logits.
+        Float32, (n,) each; divergences are exactly 0 for equal logits. What is
+        infinite is for `check_finite`.
 
     Raises:
         ValueError: The vocabularies differ, or logits are +inf, NaN or all -inf.
@@ -76,16 +77,49 @@ def output_change(
         )
     ]
     q_nll, fp_nll, kl, jsd = (torch.cat(own) for own in zip(*parts, strict=True))
-    if not kl.isfinite().all():
-        raise ValueError(
-            "the quantized model masks a token (its logit is -inf) that has a "
-            "probability in full precision, so KL is infinite; allowed are models that "
-            "mask the same tokens"
-        )
     same = q_found[0][:, 0] == fp_found[0][:, 0]
     return OutputChange(
         q_nll, fp_nll, kl, jsd, candidates_jsd(q_found, fp_found), same.float()
     )
+
+
+def check_finite(
+    outputs: OutputChange, shape: tuple[int, int], name: str, first: int
+) -> None:
+    """Refuse figures that are infinite, because a token has no probability.
+
+    Args:
+        outputs: Of B sequences with S tokens, (B S,) each.
+        shape: (B, S).
+        name: Of the quantized model.
+        first: How many sequences came before these.
+
+    Raises:
+        ValueError: One is; the message says in which model, and where.
+    """
+    length = shape[1]
+    for field, model in (
+        ("fp_nll", "the full-precision model"),
+        ("q_nll", name),
+        ("kl", name),
+    ):
+        bad = ~getattr(outputs, field).isfinite()
+        if not bad.any():
+            continue
+        place = int(bad.nonzero()[0])
+        sequence, position = first + place // length, place % length
+        if field == "kl":
+            what = "a token that has one in full precision, after"
+            allowed = "to the tokens that have one in full precision"
+        else:
+            what, position = "the token at", position + 1
+            allowed = "to every token of the text"
+        raise ValueError(
+            f"{model} gives no probability (a logit of -inf) to {what} position "
+            f"{position} of sequence {sequence}, counted from 0, so its "
+            f"{'KL' if field == 'kl' else 'NLL'} is infinite; allowed are models that "
+            f"give one {allowed}; leave that text out, or look for what masks the logit"
+        )
 
 
 # 1 - d^2 below this has lost too many digits

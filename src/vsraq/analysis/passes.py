@@ -6,7 +6,7 @@ Shapes: B sequences of S tokens, T = B S, K top-k, E experts, H hidden width.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from vsraq.analysis.forward import RoutedModel
+from vsraq.analysis.forward import CHECKED_TOKENS, Forward, RoutedModel
 from vsraq.analysis.fp_pass import FullPrecisionPass, StoredBatch
-from vsraq.analysis.outputs import OutputChange, output_change
+from vsraq.analysis.outputs import OutputChange, check_finite, output_change
+from vsraq.analysis.recording import RoutingRecorder
 from vsraq.analysis.routing import expert_ranks
 from vsraq.analysis.tally import Tally, expert_load
 from vsraq.analysis.text import Text
@@ -57,6 +58,7 @@ def run_full_precision(
     batch_size: int,
     say: Callable[[str], None],
     progress: bool,
+    record_routing: bool = False,
 ) -> FullPrecisionModel:
     """Run the full-precision model over a text, and store what the others need.
 
@@ -65,31 +67,53 @@ def run_full_precision(
         text: The text.
         stored: Where to.
         batch_size: Sequences of a batch.
-        say: Is told the size before anything is written.
+        say: Is told the size before the pass begins.
         progress: Whether to show a bar on stderr.
+        record_routing: Store what the routers decide, too.
 
     Raises:
         ValueError: There is not enough room on the disk.
     """
     result = FullPrecisionModel(model, stored)
     started = time.perf_counter()
-    batches = _with_progress(text, batch_size, "full precision", progress)
-    for index, input_ids in enumerate(batches):
-        if index == 0:
-            model.check_head(input_ids)
-        forward = model.run(input_ids, expert_ranks)
-        ranks = {name: r.cpu() for name, r in forward.routing.items()}
-        batch = StoredBatch(ranks, forward.rows.cpu())
-        if index == 0:
-            say(stored.check_room(batch))
-        stored.write(index, batch)
-        result.returns_tuple = forward.returns_tuple
-        for router in model.routers:
-            chosen = _first(ranks[router.name], router)
-            counts = expert_load(chosen, router.num_experts)
-            result.load[router.name] = result.load.get(router.name, 0) + counts
+    few = next(text.batches(batch_size))[:1, :CHECKED_TOKENS]
+    model.check_head(few)
+    with _recorder(model, record_routing) as recorder:  # one that knows these only
+        say(stored.check_room(_stored_batch(model, few, recorder)[0]))
+    with _recorder(model, record_routing) as recorder:
+        batches = with_progress(text, batch_size, "full precision", progress)
+        for index, input_ids in enumerate(batches):
+            batch, result.returns_tuple = _stored_batch(model, input_ids, recorder)
+            stored.write(index, batch)
+            for router in model.routers:
+                chosen = _first(batch.ranks[router.name], router)
+                counts = expert_load(chosen, router.num_experts)
+                result.load[router.name] = result.load.get(router.name, 0) + counts
     result.seconds = time.perf_counter() - started
+    stored.finish(result.returns_tuple, result.load, result.seconds)
     return result
+
+
+@contextmanager
+def _recorder(model: RoutedModel, wanted: bool) -> Iterator[RoutingRecorder | None]:
+    if not wanted:
+        yield None
+        return
+    with RoutingRecorder(model.model, model.routers) as recorder:
+        yield recorder
+
+
+def _stored_batch(
+    model: RoutedModel, input_ids: Tensor, recorder: RoutingRecorder | None
+) -> tuple[StoredBatch, bool | None]:
+    """Run a batch; return what is stored, and whether the last block gave a tuple."""
+    forward = model.run(input_ids, expert_ranks)
+    routing = None
+    if recorder is not None:
+        recorder.keep(input_ids)
+        routing = recorder.take()
+    ranks = {name: r.cpu() for name, r in forward.routing.items()}
+    return StoredBatch(ranks, forward.rows.cpu(), routing), forward.returns_tuple
 
 
 def _first(ranks: Tensor, router: Router) -> Tensor:
@@ -122,48 +146,74 @@ def run_quantized(
 
     Returns:
         Wall time, seconds.
+
+    Raises:
+        ValueError: Logits are +inf, NaN or all -inf, or a figure would be infinite.
     """
     started = time.perf_counter()
-    for index, input_ids in enumerate(_with_progress(text, batch_size, name, progress)):
+    first = 0
+    for index, input_ids in enumerate(with_progress(text, batch_size, name, progress)):
         if index == 0:
             model.check_head(input_ids)
         forward = model.run(input_ids, BoundRouter.select)
         batch = fp.stored.read(index)
-        with ExitStack() as stack:
-            q_head = stack.enter_context(model.head(forward.returns_tuple))
-            fp_head = q_head  # of a model that is compared with itself
-            if fp.model.model is not model.model:
-                fp_head = stack.enter_context(fp.model.head(fp.returns_tuple))
-            outputs = _outputs(
-                (q_head, forward.rows), (fp_head, batch.rows), input_ids, sampling
-            )
+        following = F.pad(input_ids[:, 1:], (0, 1), value=_NO_TOKEN).flatten()
+        parts = []
+        with opened_heads(model, forward, fp) as heads:
+            for part, q_logits, fp_logits in logit_chunks(heads, forward, batch):
+                next_ids = following[part].to(q_logits.device)
+                change = output_change(q_logits, fp_logits, next_ids, sampling)
+                parts.append(change)
+        outputs = OutputChange(*(torch.cat(own) for own in zip(*parts, strict=True)))
         shape = (input_ids.shape[0], input_ids.shape[1])
+        check_finite(outputs, shape, name, first)
         tally.add(shape, outputs, forward.routing, batch.ranks)
+        first += len(input_ids)
     return time.perf_counter() - started
 
 
-def _outputs(
-    q: tuple[OutputHead, Tensor],
-    fp: tuple[OutputHead, Tensor],
-    input_ids: Tensor,
-    sampling: Sampling,
-) -> OutputChange:
-    """Compare the outputs of T tokens, (T,) each, in chunks."""
-    (q_head, q_rows), (fp_head, fp_rows) = q, fp
-    following = F.pad(input_ids[:, 1:], (0, 1), value=_NO_TOKEN).flatten()
-    parts: list[OutputChange] = []
+@contextmanager
+def opened_heads(
+    model: RoutedModel, forward: Forward[Tensor], fp: FullPrecisionModel
+) -> Iterator[tuple[OutputHead, OutputHead]]:
+    """Yield what turns rows into logits: of a quantized model, of full precision.
+
+    Args:
+        model: The quantized model.
+        forward: What it gave.
+        fp: The full-precision model, after its pass.
+    """
+    with ExitStack() as stack:
+        q_head = stack.enter_context(model.head(forward.returns_tuple))
+        fp_head = q_head  # of a model that is compared with itself
+        if fp.model.model is not model.model:
+            fp_head = stack.enter_context(fp.model.head(fp.returns_tuple))
+        yield q_head, fp_head
+
+
+def logit_chunks(
+    heads: tuple[OutputHead, OutputHead], forward: Forward[Tensor], batch: StoredBatch
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Yield the logits of both models, as many as `CHUNK_LOGITS` says at once.
+
+    Args:
+        heads: Of the quantized model, and of full precision.
+        forward: What the quantized model gave for T tokens.
+        batch: What full precision gave for them.
+
+    Yields:
+        Which of the T tokens, n of them, and logits, (n, V), on one device.
+    """
+    q_head, fp_head = heads
     start, chunk = 0, CHUNK_TOKENS
-    while start < len(following):
+    while start < len(forward.rows):
         part = slice(start, start + chunk)
-        q_logits = q_head(q_rows[part])
+        q_logits = q_head(forward.rows[part])
         start, chunk = start + chunk, max(CHUNK_LOGITS // q_logits.shape[-1], chunk)
-        fp_logits = fp_head(fp_rows[part]).to(q_logits.device)
-        next_ids = following[part].to(q_logits.device)
-        parts.append(output_change(q_logits, fp_logits, next_ids, sampling))
-    return OutputChange(*(torch.cat(values) for values in zip(*parts, strict=True)))
+        yield part, q_logits, fp_head(batch.rows[part]).to(q_logits.device)
 
 
-def _with_progress(
+def with_progress(
     text: Text, batch_size: int, name: str, progress: bool
 ) -> Iterator[Tensor]:
     """Yield the batches of a text, with a bar that counts tokens."""

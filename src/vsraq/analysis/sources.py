@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vsraq.checkpoint import load_model, local_folder
+from vsraq.checkpoint.weight_files import weight_files
 
 ModelOrPath: TypeAlias = nn.Module | str | Path
 
@@ -73,11 +74,29 @@ class ModelSource:
 
     @property
     def mebibytes(self) -> float | None:
-        """Size of its safetensors files, MiB; None for a module."""
+        """Size of its weight files, MiB; None for a module."""
         if self.folder is None:
             return None
-        files = self.folder.glob("*.safetensors")
+        files = weight_files(self.folder)
         return sum(file.stat().st_size for file in files) / 2**20
+
+    def identity(self) -> dict[str, Any] | None:
+        """What tells whether a model is still the same; None for a module.
+
+        That is its path, and the size and the modification time of its weight files,
+        of the files that say what is in them, and of its code.
+        """
+        if self.folder is None:
+            return None
+        described = [*self.folder.glob("*.json"), *self.folder.glob("*.py")]
+        files = {path.name: path.stat() for path in sorted(described)}
+        files |= {path.name: path.stat() for path in weight_files(self.folder)}
+        return {
+            "folder": str(self.folder.resolve()),
+            "files": {
+                n: [found.st_size, found.st_mtime_ns] for n, found in files.items()
+            },
+        }
 
     @contextmanager
     def opened(self, options: LoadOptions) -> Iterator[nn.Module]:
