@@ -14,6 +14,7 @@ from transformers import (
 import reference
 from vsraq.metrics import (
     StreamingMean,
+    _top,
     candidates,
     jaccard,
     jsd,
@@ -255,3 +256,24 @@ def test_streaming_mean_is_the_mean_of_all():
 def test_streaming_mean_of_nothing_is_an_error():
     with pytest.raises(ValueError, match="seen 0 values"):
         StreamingMean().compute()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [1, 63, 20_000, 20_031])
+def test_the_highest_of_a_large_vocabulary(dtype, vocabulary):
+    """Block by block: the same values, and every logit that is equal to the last."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 7, vocabulary, generator=generator).to(dtype)
+    logits[0, 0, :] = 1.0
+    logits[0, 1, 5:] = -math.inf
+    logits[0, 2, -3:] = 100.0
+    for count in (1, 20):
+        count = min(count, vocabulary)
+        values, index = _top(logits, count)
+        assert torch.equal(values, logits.topk(count, dim=-1).values)
+        assert torch.equal(logits.gather(-1, index), values)
+        assert all(len(set(row)) == count for row in index.flatten(0, -2).tolist())
+    found, index = candidates("logits", logits, 1.0, min(20, vocabulary), None)
+    ranked = logits.sort(dim=-1, descending=True, stable=True).indices
+    row = found[1, 3, : min(20, vocabulary)]
+    assert torch.equal(row, ranked[1, 3, : len(row)])

