@@ -67,6 +67,7 @@ def test_the_public_names():
         "__version__",
         "calibration_samples",
         "compare",
+        "evaluate",
         "find_routers",
         "plan_bits",
         "realign_routers",

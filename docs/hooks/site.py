@@ -36,6 +36,7 @@ MODULES = {
     "vsraq.realignment": "the re-fit of routers",
     "vsraq.bits": "bit plans",
     "vsraq.analysis": "models compared",
+    "vsraq.evaluation": "models on the papers' tasks",
     "vsraq.checkpoint": "exports, read and verified",
     "vsraq.checkpoint.formats.format": "what an export format is",
     "vsraq.recipe": "recipes, and runs of them",

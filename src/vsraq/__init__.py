@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vsraq.autoround.plan_bits import plan_bits
     from vsraq.autoround.select_tokens import select_tokens
     from vsraq.bits import BitPlan
+    from vsraq.evaluation import evaluate
     from vsraq.objectives import OBJECTIVES, Objective
     from vsraq.realignment import realign_routers
     from vsraq.routers import Router, find_routers
@@ -38,6 +39,7 @@ _ROOMS = {
     "VSRAQConfig": "vsraq.autoround",
     "calibration_samples": "vsraq.autoround",
     "compare": "vsraq.analysis",
+    "evaluate": "vsraq.evaluation",
     "find_routers": "vsraq.routers",
     "plan_bits": "vsraq.autoround",
     "realign_routers": "vsraq.realignment",
@@ -57,6 +59,7 @@ __all__ = [
     "__version__",
     "calibration_samples",
     "compare",
+    "evaluate",
     "find_routers",
     "plan_bits",
     "realign_routers",

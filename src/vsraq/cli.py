@@ -13,6 +13,7 @@ from typing import Any
 from vsraq import __version__
 from vsraq.argument_types import positive
 from vsraq.compare_command import add_compare, run_compare
+from vsraq.evaluate_command import add_evaluate, run_evaluate
 from vsraq.recipe_commands import (
     add_recipe_commands,
     run_estimate,
@@ -84,9 +85,12 @@ def _add_commands(commands: Any) -> list[argparse.ArgumentParser]:
         help="run the code that comes with the reference",
     )
     compare, replay = add_compare(commands), add_replay(commands)
-    report = add_report(commands)
+    evaluate, report = add_evaluate(commands), add_report(commands)
     families = commands.add_parser("families", help="what works for each MoE family")
-    return [demo, *with_recipe, verify, compare, replay, report, families]
+    return [
+        *(demo, *with_recipe, verify),
+        *(compare, replay, evaluate, report, families),
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "verify": _verify,
         "compare": run_compare,
         "replay": run_replay,
+        "evaluate": run_evaluate,
         "report": run_report,
         "families": _families,
     }[arguments.command]
