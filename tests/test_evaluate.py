@@ -276,6 +276,10 @@ def test_a_limit_is_in_the_table(folder, capsys):
         (2, True)
     ] * 2
     assert "LIMITED to the first 2 documents of each task" in printed
+    assert "again: " in printed.partition("WikiText-2")[0]  # where it is
+    log = (folder / "limited" / "vsraq_evaluate.log").read_text()
+    assert "Running loglikelihood requests" in log  # what lm-eval says is there
+    assert "Running loglikelihood requests" not in printed
     assert str(found) in printed
     markdown = (folder / "limited" / "evaluation.md").read_text()
     assert markdown == found.markdown() + "\n"

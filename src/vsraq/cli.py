@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     with_debug = [parser, *_add_commands(commands)]
-    for name in ("demo", "quantize", "compare", "replay"):
+    for name in ("demo", "quantize", "compare", "replay", "evaluate"):
         commands.choices[name].add_argument(
             "--verbose", action="store_true", help="show the log instead of one line"
         )

@@ -99,17 +99,20 @@ class _Saying(logging.Handler):
 
 
 @contextmanager
-def analysis_console(log: Path, phase: str, *, verbose: bool) -> Iterator[Any]:
+def analysis_console(
+    log: Path, phase: str, *, verbose: bool, room: str = "vsraq.analysis"
+) -> Iterator[Any]:
     """Show what models do on one line, and what the analysis itself says.
 
     Args:
         log: Gets everything else, such as what a loader logs.
         phase: What is going on.
         verbose: Show all of it instead.
+        room: Whose messages are said.
     """
     from vsraq.console import run_console
 
-    logger = logging.getLogger("vsraq.analysis")
+    logger = logging.getLogger(room)
     with run_console(log, verbose=verbose) as console:
         console.phase(phase)
         handler, level = _Saying(console), logger.level

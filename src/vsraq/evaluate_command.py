@@ -4,9 +4,11 @@
 import argparse
 import sys
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 from vsraq.argument_types import named_path, positive
+from vsraq.compare_command import analysis_console
 
 _TASKS = """tasks:
   wikitext2          perplexity of tokens, as in papers on quantization
@@ -105,8 +107,6 @@ _PASSED_ON = (
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
     """Evaluate the models, print the table, and return the exit status."""
-    import logging
-
     from vsraq.analysis.sources import ModelSource
     from vsraq.evaluation import evaluate
     from vsraq.evaluation.models import name_of
@@ -118,22 +118,29 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--method {name}=...: allowed is each name once")
         models[name] = path
     given = {option: getattr(arguments, option) for option in _PASSED_ON}
-    log = logging.getLogger("vsraq.evaluation")
-    log.setLevel(logging.INFO)
-    log.addHandler(handler := logging.StreamHandler())
-    try:
+    log = _log_file(arguments.out)
+    verbose = arguments.verbose
+    room = "vsraq.evaluation"
+    with analysis_console(log, "evaluating", verbose=verbose, room=room) as console:
         found = evaluate(
             models,
             arguments.tasks,
             arguments.out,
-            progress=sys.stderr.isatty(),
+            progress=not verbose or sys.stderr.isatty(),
             **{option: value for option, value in given.items() if value is not None},
         )
-    finally:
-        log.removeHandler(handler)
-    print(found)
+        console.say(str(found))
     if arguments.out is not None:
         table = arguments.out / "evaluation.md"
         table.write_text(found.markdown() + "\n", encoding="utf-8")
         print(f"written to {arguments.out / 'evaluation.json'} and {table}")
     return 0
+
+
+def _log_file(out: Path | None) -> Path:
+    if out is not None:
+        return out / "vsraq_evaluate.log"
+    with NamedTemporaryFile(
+        prefix="vsraq-evaluate-", suffix=".log", delete=False
+    ) as file:
+        return Path(file.name)
