@@ -10,6 +10,9 @@ import pytest
 from vsraq.bits import BitPlan
 from vsraq.bits.plan import Cost, PlannedUnit
 from vsraq.bits.tradeoffs import budget_curve, plan_damage, slopes
+from vsraq.report.bits import places
+from vsraq.report.figures import bits_by_layer
+from vsraq.report.folder import Folder
 
 KINDS = {
     "self_attn.qkv_proj": (1, 1.0, 4.0),
@@ -149,3 +152,23 @@ def test_a_plan_with_one_scheme_and_no_damage_is_drawn(tmp_path):
     cost = Cost(MIB, MIB, 0.0, 0.0)
     unit = PlannedUnit("odd", ("odd",), "W4A16", {"W4A16": cost})
     made_up(units=(unit,), uniform=cost, planned=cost).plot(tmp_path / "plan.png")
+
+
+def test_bits_that_could_not_be_read_are_not_those_of_the_plan(tmp_path):
+    folder = Folder(path=tmp_path, plan=made_up())
+    assert [picture.name for picture in bits_by_layer.draw(folder)] == [
+        *("bits", "damages")
+    ]
+    unread = replace(folder, unread=("The bits of the layers could not be read: x",))
+    assert [picture.name for picture in bits_by_layer.draw(unread)] == ["damages"]
+
+
+def test_experts_that_are_directly_in_the_block_are_one_kind():
+    sizes = {
+        f"model.layers.{block}.{kind}": 1.0
+        for block in range(2)
+        for kind in ("experts.0.gate_proj", "experts.5.down_proj", "mlp.up_proj")
+    }
+    assert set(places(sizes).values()) == {
+        (kind, block) for block in range(2) for kind in ("experts", "up_proj")
+    }

@@ -94,7 +94,7 @@ def places(weights: Mapping[str, float]) -> dict[str, tuple[str, int | None]]:
         if match is None:
             found[name] = (_short_kind(name), None)
             continue
-        kind = _short_kind(re.sub(r"\.experts\b.*$", ".experts", match[3]))
+        kind = _short_kind(re.sub(r"(^|\.)experts\b.*$", r"\1experts", match[3]))
         stack = names.get(match[1])
         found[name] = (f"{stack}: {kind}" if stack else kind, int(match[2]))
     return found

@@ -26,10 +26,15 @@ _DIGITS = re.compile(r"\d+")
 def draw(folder: Folder) -> list[Picture]:
     """Draw a map of bits, kind of layer by block; with a plan, one of damages.
 
+    The bits are those of the export's layers, or those of the plan where there is no
+    export. There is no map of bits that could not be read.
+
     Args:
         folder: An export, or one with a plan.
     """
-    bits = folder.bits or (None if folder.plan is None else _planned_bits(folder.plan))
+    bits = folder.bits
+    if bits is None and folder.plan is not None and not folder.unread:
+        bits = _planned_bits(folder.plan)
     found = [] if bits is None or not bits.cells else [_draw_bits(bits)]
     if folder.plan is not None:
         found.append(_draw_damages(folder.plan))
