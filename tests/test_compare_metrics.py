@@ -159,6 +159,19 @@ def test_bad_logits_are_refused():
         check_finite(found, (2, 2), "bad", 7)
 
 
+def test_what_only_the_quantized_model_masks_counts_for_nothing_without_probability():
+    fp = torch.randn(3, 40)
+    fp[:, 5] = -1e4  # exp of it is 0 in float32
+    q = fp + 0.1 * torch.randn(3, 40)
+    q[1, 5] = -math.inf
+    found = output_change(q, fp, torch.zeros(3).long(), Sampling())
+    kept = torch.arange(40) != 5
+    expected = output_change(q[:, kept], fp[:, kept], torch.zeros(3).long(), Sampling())
+    for values, of_kept in zip(found, expected, strict=True):
+        torch.testing.assert_close(values, of_kept)
+    check_finite(found, (1, 3), "q", 0)
+
+
 @given(
     st.lists(
         st.floats(-0.5, 1.5, allow_nan=False) | st.sampled_from([0.0, 0.7, 1.0]),

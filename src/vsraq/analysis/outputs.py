@@ -139,7 +139,7 @@ def _divergences(
         for scores, log_sum in ((q_scores, q_log_sum), (fp_scores, fp_log_sum))
     )
     # log p_fp - log p_q; infinite scores are those of masked tokens
-    masked = bool(fp_scores.amin().isneginf())
+    masked = bool(fp_scores.amin().isneginf() or q_scores.amin().isneginf())
     ratio = fp_scores.sub_(q_scores).sub_(fp_log_sum - q_log_sum)
     if masked:  # a token without probability counts for nothing
         ratio.masked_fill_(fp_p == 0, 0)
