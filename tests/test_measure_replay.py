@@ -196,7 +196,7 @@ def test_sums_of_batches_are_those_of_all_tokens():
         assert count == ((a - b >= low) & (a - b < high)).sum()
 
 
-def test_the_command(pair, tmp_path, capsys):
+def test_the_command(pair, tmp_path, capsys, monkeypatch):
     from safetensors.torch import save_file
 
     for name, model in zip(("fp", "q"), pair, strict=True):
@@ -205,7 +205,8 @@ def test_the_command(pair, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = ["--data", str(tmp_path / "ids.safetensors"), "--out", str(out)]
     arguments += ["--jsd-threshold", "0.05", "--shift-threshold", "0.2"]
-    models = [str(tmp_path / name) for name in ("fp", "q")]
+    monkeypatch.chdir(tmp_path / "q")
+    models = [str(tmp_path / "fp"), "."]
     assert main(["replay", *models, *arguments, "--batch-size", "2"]) == 0
     printed = capsys.readouterr().out
     assert "q: " in printed

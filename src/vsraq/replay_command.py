@@ -44,7 +44,7 @@ def run_replay(arguments: argparse.Namespace) -> int:
             arguments.data,
             arguments.region,
             arguments.out,
-            name=arguments.name or Path(arguments.q_model).name or "quantized",
+            name=arguments.name or Path(arguments.q_model).resolve().name,
             progress=not arguments.verbose or sys.stderr.isatty(),
             **options,
         )
