@@ -608,6 +608,16 @@ def test_the_size_is_that_of_the_weight_files(files, index, counted, tmp_path):
     assert ModelSource("fp_model", tmp_path).mebibytes == expected
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_one_file_of_weights_comes_before_an_index(name, tmp_path):
+    """As in transformers."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_bytes(bytes(2**20))
+    (tmp_path / "other").write_bytes(bytes(2**21))
+    (tmp_path / f"{name}.index.json").write_text('{"weight_map": {"w": "other"}}')
+    assert ModelSource("fp_model", tmp_path).mebibytes == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

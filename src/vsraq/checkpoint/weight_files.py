@@ -6,11 +6,12 @@ from pathlib import Path
 
 from vsraq.checkpoint.faults import CheckpointError
 
+# in the order in which transformers looks for them
 _NAMES = (
-    "model.safetensors.index.json",
     "model.safetensors",
-    "pytorch_model.bin.index.json",
+    "model.safetensors.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
 
 
