@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,9 @@ import tiny
 import vsraq
 from families import causal_moe_types, tiny_family
 from test_capture import hook_count
-from vsraq.analysis import Comparison, Thresholds, compare_models, fp_pass
+from vsraq.analysis import Comparison, Thresholds, compare_models, fp_pass, preparation
+from vsraq.analysis.fp_pass import FullPrecisionPass
+from vsraq.analysis.preparation import model_identity
 from vsraq.analysis.results import LAYER_METRICS, METRICS
 from vsraq.analysis.sources import ModelSource
 from vsraq.checkpoint import load_model
@@ -511,7 +514,15 @@ def test_a_kept_pass_is_used_again(kept, tmp_path, folders):
         ("version", "of another version"),
         ("format", "of another format"),
         ("batch", "a file of it is gone, or has another size"),
+        ({"trust_remote_code": True}, "of another trust_remote_code"),
+        ({"device": torch.device("cpu")}, "of another device"),
+        ({"device": {"": torch.device("cpu")}}, "of another device"),
         ("broken", "pass.json cannot be read (JSONDecodeError"),
+        (b"[]", "pass.json cannot be read (TypeError"),
+        (b"\xff", "pass.json cannot be read (UnicodeDecodeError"),
+        ({"identity": None}, "pass.json cannot be read (TypeError"),
+        ({"identity": []}, "pass.json cannot be read (AttributeError"),
+        ({"finished": None}, "pass.json cannot be read (TypeError"),
     ],
     ids=str,
 )
@@ -533,12 +544,91 @@ def test_another_pass_is_not(kept, tmp_path, change, reason):
         batch.write_bytes(batch.read_bytes()[:-1])
     elif change == "broken":
         whole.write_text("{")
-    result, used, said = run(**(change if isinstance(change, dict) else {}))
+    elif isinstance(change, bytes):
+        whole.write_bytes(change)
+    elif change.keys() <= {"identity", "finished"}:
+        whole.write_text(json.dumps(json.loads(whole.read_text()) | change))
+        change = str(change)
+    options = change if isinstance(change, dict) else {}
+    result, used, said = run(**options)
     assert not used
     assert reason in said
-    if isinstance(change, str):
+    if not options:
         assert forgetful(result) == forgetful(first)
-    assert run(**(change if isinstance(change, dict) else {}))[1]
+    assert run(**options)[1]
+
+
+@pytest.mark.parametrize("change", ["text", "fresh", "in memory", "broken"])
+def test_a_kept_pass_stays_where_it_cannot_be_used(kept, tmp_path, change, folders):
+    _fp, run = kept
+    run()
+    out = tmp_path / "out"
+    whole = out / "fp_pass" / "pass.json"
+    if change == "broken":
+        whole.write_text("{")
+    before = {path: path.read_bytes() for path in whole.parent.iterdir()}
+    if change == "in memory":
+        fp_model = load_model(folders[0], dtype=torch.float32)
+        vsraq.compare(fp_model, folders[1], SEQUENCES, out, dtype="float32")
+    else:
+        options = {"text": {"sequences": 2}, "fresh": {"fresh": True}}.get(change, {})
+        _, used, said = run(keep_fp_pass=False, **options)
+        assert not used
+        assert "fp_pass is not used, and stays as it is: " in said
+    assert {path: path.read_bytes() for path in whole.parent.iterdir()} == before
+    assert {path.name for path in out.iterdir()} == {
+        *("fp_pass", "results.json", "tokens.safetensors")
+    }
+    assert run()[1] == (change != "broken")
+
+
+@pytest.mark.parametrize("when", ["as it is loaded", "during the pass"])
+def test_the_pass_of_a_model_that_changes_meanwhile(kept, tmp_path, when, monkeypatch):
+    fp, run = kept
+    real = (
+        preparation.find_routers
+        if when == "as it is loaded"
+        else FullPrecisionPass.write
+    )
+
+    def touching(*args, **kwargs):
+        os.utime(fp / "model.safetensors", ns=(1, 1))
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        if when == "as it is loaded":
+            patch.setattr(preparation, "find_routers", touching)
+        else:
+            patch.setattr(FullPrecisionPass, "write", touching)
+        _, _, said = run()
+    assert "changed while it ran, so its full-precision pass is not used again" in said
+    assert not (tmp_path / "out" / "fp_pass" / "pass.json").exists()
+    assert not run()[1]
+    assert run()[1]
+
+
+def test_an_identity_that_json_cannot_hold_is_refused_first(tmp_path):
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        FullPrecisionPass(tmp_path, 80, {"device": torch.device("cpu")})
+
+
+def test_versions_of_what_reads_quantized_weights_are_in_the_identity(
+    folders, tmp_path
+):
+    readers = {"auto-round", "compressed-tensors"}
+    assert not readers & model_identity(ModelSource("fp", folders[0]))["version"].keys()
+    config = json.loads((folders[0] / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "auto-round"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = model_identity(ModelSource("fp", tmp_path))["version"]
+    assert {name: found[name] for name in readers} == {n: version(n) for n in readers}
+
+
+def test_text_that_is_not_there_is_refused_before_weights_are_read(folders, tmp_path):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folders[0] / name, tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl': there is no such file"):
+        vsraq.compare(tmp_path, folders[1], "none.jsonl:field")
 
 
 KILLED = """
@@ -629,8 +719,8 @@ def test_one_file_of_weights_comes_before_an_index(name, tmp_path):
         ({"batch_size": 2.5}, r"batch_size=2\.5: allowed is an int >= 1"),
         ({"seed": -1}, "seed=-1: allowed is an int >= 0"),
         ({"seed": True}, "seed=True: allowed is an int >= 0"),
-        ({"seqlen": 1}, "seqlen=1: allowed is an int >= 2, or None"),
-        ({"sequences": 0}, "sequences=0: allowed is an int >= 1, or None"),
+        ({"seqlen": 1}, "seqlen=1: allowed is an int >= 2; or leave it out"),
+        ({"sequences": 0}, "sequences=0: allowed is an int >= 1; or leave it out"),
         ({"keep_fp_pass": True}, "keep_fp_pass=True: the full-precision pass is kept"),
         ({"fresh": True}, "fresh=True: the full-precision pass is kept"),
         ({"seqlen": 129}, "seqlen=129: allowed is 2 to 128"),

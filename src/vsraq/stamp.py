@@ -2,7 +2,7 @@
 """When something was made, and with which versions."""
 
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 
 def now() -> str:
@@ -13,3 +13,11 @@ def now() -> str:
 def versions(*packages: str) -> dict[str, str]:
     """The versions of some packages, by name."""
     return {name: version(name) for name in packages}
+
+
+def version_or_none(package: str) -> str | None:
+    """The version of a package; None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -5,6 +5,7 @@ Models run one after another, each once over the text. The full-precision pass l
 its routing and its last hidden states on disk, and its output head in memory.
 """
 
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,7 @@ from vsraq.analysis.preparation import (
     Settings,
     full_precision,
     identity_of,
+    model_identity,
     opened_alike,
     prepared,
 )
@@ -41,7 +43,7 @@ from vsraq.analysis.results import (
     SamplingUsed,
     token_values,
 )
-from vsraq.analysis.sources import LoadOptions, ModelOrPath, ModelSource
+from vsraq.analysis.sources import Device, LoadOptions, ModelOrPath, ModelSource
 from vsraq.analysis.summary import summarize
 from vsraq.analysis.tally import Tally, Thresholds, TokenSample
 from vsraq.analysis.text import Text, TextData
@@ -50,6 +52,8 @@ from vsraq.routers import Router
 from vsraq.tokens.sampling import Sampling
 
 _PASS_FOLDER = "fp_pass"
+_TEMPORARY = "vsraq-compare-"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def compare(
     thresholds: Thresholds | None = None,
     router_pattern: str | None = None,
     dtype: str | torch.dtype | None = None,
-    device: str | None = None,
+    device: Device | None = None,
     trust_remote_code: bool = False,
     seed: int = SEED,
     keep_fp_pass: bool = False,
@@ -116,7 +120,8 @@ def compare(
         trust_remote_code: As in transformers.
         seed: Of the intervals and of the sampled tokens.
         keep_fp_pass: Leave what the full-precision pass stores in `out`/fp_pass. A
-            later comparison of the same model and text uses it again, and leaves it.
+            later comparison of the same model and text uses it again, and every later
+            one leaves it, unless it keeps its own.
         fresh: Run the full-precision model also where that would do.
         progress: Show a bar per pass on stderr.
 
@@ -148,13 +153,14 @@ def compare(
     if out is not None:
         Path(out).mkdir(parents=True, exist_ok=True)
     fp_source, sources = ModelSource("fp_model", fp_model), _named(q_models)
+    model = model_identity(fp_source)  # before its files are read
     with ExitStack() as stack:
         ready = stack.enter_context(
             prepared(fp_source, sources, data, tokenizer, settings)
         )
-        identity = identity_of(fp_source, ready.text, settings)
+        identity = identity_of(model, ready.text, settings)
         stored = stack.enter_context(
-            _stored_pass(out, keep_fp_pass, ready.text.tokens, identity)
+            _stored_pass(out, keep_fp_pass, fresh, ready.text.tokens, identity)
         )
         run = run_models(ready, fp_source, sources, stored, settings, fresh=fresh)
         result = _comparison(run, fp_source, sources, settings)
@@ -277,20 +283,37 @@ def _named(q_models: Mapping[str, ModelOrPath] | ModelOrPath) -> dict[str, Model
 def _stored_pass(
     out: str | Path | None,
     keep: bool,
+    fresh: bool,
     tokens: int,
     identity: Mapping[str, Any] | None,
 ) -> Iterator[FullPrecisionPass]:
-    """Yield where the full-precision pass goes.
+    """Yield where the full-precision pass goes, or lies already.
 
-    It is removed afterwards, unless it is kept or was kept by an earlier comparison.
+    It is removed afterwards, unless it is kept. One that an earlier comparison has kept
+    stays as it is, unless this one is kept in its place.
     """
     if out is None:
-        with tempfile.TemporaryDirectory(prefix="vsraq-compare-") as folder:
+        with tempfile.TemporaryDirectory(prefix=_TEMPORARY) as folder:
             yield FullPrecisionPass(Path(folder), tokens)
         return
     stored = FullPrecisionPass(Path(out) / _PASS_FOLDER, tokens, identity)
-    try:
+    if keep or not stored.is_whole:
+        try:
+            yield stored
+        finally:
+            if not keep:
+                shutil.rmtree(stored.folder, ignore_errors=True)
+        return
+    found, reason = (None, "a fresh one is wanted") if fresh else stored.reuse()
+    if found is not None:
         yield stored
-    finally:
-        if not (keep or stored.reused):
-            shutil.rmtree(stored.folder, ignore_errors=True)
+        return
+    _log.info(
+        "the full-precision pass in %s is not used, and stays as it is: %s; "
+        "--keep-fp-pass, keep_fp_pass=True, would replace it",
+        stored.folder,
+        reason,
+    )
+    # where the user has room for a pass
+    with tempfile.TemporaryDirectory(prefix=_TEMPORARY, dir=out) as folder:
+        yield FullPrecisionPass(Path(folder), tokens)

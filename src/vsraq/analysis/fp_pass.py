@@ -14,7 +14,7 @@ import json
 import math
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,19 @@ class Finished:
     seconds: float
     created: str
 
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> "Finished":
+        """Read what was written.
+
+        Raises:
+            TypeError: A value has another type, or one is missing or too much.
+            ValueError: One is no number.
+            AttributeError: The numbers of tokens have no names.
+        """
+        found = cls(**content)
+        load = {n: [int(count) for count in own] for n, own in found.load.items()}
+        return replace(found, load=load, seconds=float(found.seconds))
+
 
 class FullPrecisionPass:
     """The batches of a pass, in a folder.
@@ -82,7 +95,11 @@ class FullPrecisionPass:
 
     Attributes:
         folder: See above.
+        identity: As JSON gives it back, with the format of the files; or None.
         reused: Whether the batches are those of an earlier comparison.
+
+    Raises:
+        TypeError: JSON cannot hold the identity.
     """
 
     def __init__(
@@ -91,7 +108,15 @@ class FullPrecisionPass:
         self.folder = folder
         self.reused = False
         self._tokens = tokens
-        self._identity = None if identity is None else {"format": FORMAT, **identity}
+        # before the pass begins, so that what JSON cannot hold costs no pass
+        self.identity: dict[str, Any] | None = None
+        if identity is not None:
+            self.identity = json.loads(json.dumps({"format": FORMAT, **identity}))
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether a whole pass lies in the folder, of whatever model and text."""
+        return (self.folder / _WHOLE).is_file()
 
     def reuse(self) -> tuple[Finished | None, str | None]:
         """Look for a whole pass of the same model and text in the folder.
@@ -101,16 +126,18 @@ class FullPrecisionPass:
             None.
         """
         path = self.folder / _WHOLE
-        if self._identity is None or not path.is_file():
+        if not self.is_whole:
             return None, None
+        if self.identity is None:
+            return None, "the model of this comparison is in memory"
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             found, files = content["identity"], content["files"]
-            finished = Finished(**content["finished"])
-        except (ValueError, TypeError, KeyError) as error:
+            finished = Finished.of(content["finished"])
+            names = {*self.identity, *found}
+            other = sorted(n for n in names if found.get(n) != self.identity.get(n))
+        except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
             return None, f"{path.name} cannot be read ({type(error).__name__}: {error})"
-        names = {*self._identity, *found}
-        other = sorted(n for n in names if found.get(n) != self._identity.get(n))
         if other:
             return None, f"it is of another {', '.join(other)}"
         if self._sizes() != files:
@@ -162,11 +189,11 @@ class FullPrecisionPass:
 
     def finish(self, returns_tuple: bool | None, load: Any, seconds: float) -> None:
         """Write that the pass is whole; see `Finished`."""
-        if self._identity is None:
+        if self.identity is None:
             return
         counts = {name: of_router.tolist() for name, of_router in load.items()}
         content = {
-            "identity": self._identity,
+            "identity": self.identity,
             "finished": asdict(Finished(returns_tuple, counts, seconds, stamp.now())),
             "files": self._sizes(),
         }

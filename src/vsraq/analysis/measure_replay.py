@@ -46,7 +46,7 @@ from vsraq.analysis.replay_effect import (
 )
 from vsraq.analysis.results import DataUsed, SamplingUsed
 from vsraq.analysis.routing import routing_change
-from vsraq.analysis.sources import LoadOptions, ModelOrPath, ModelSource
+from vsraq.analysis.sources import Device, LoadOptions, ModelOrPath, ModelSource
 from vsraq.analysis.tally import Thresholds
 from vsraq.analysis.text import TextData
 from vsraq.metrics import sampled_jsd
@@ -70,7 +70,7 @@ def measure_replay(
     thresholds: Thresholds | None = None,
     router_pattern: str | None = None,
     dtype: str | torch.dtype | None = None,
-    device: str | None = None,
+    device: Device | None = None,
     trust_remote_code: bool = False,
     seed: int = SEED,
     progress: bool = False,

@@ -90,7 +90,6 @@ def run_full_precision(
                 counts = expert_load(chosen, router.num_experts)
                 result.load[router.name] = result.load.get(router.name, 0) + counts
     result.seconds = time.perf_counter() - started
-    stored.finish(result.returns_tuple, result.load, result.seconds)
     return result
 
 

@@ -25,7 +25,7 @@ from vsraq.analysis.results import SamplingSource
 from vsraq.analysis.same_tokenizer import check_same_tokenizers, tokenizer_in
 from vsraq.analysis.sources import LoadOptions, ModelSource, free_memory
 from vsraq.analysis.tally import Thresholds
-from vsraq.analysis.text import Text, TextData, read_text
+from vsraq.analysis.text import Text, TextData, check_file_of, read_text
 from vsraq.routers import Router, find_routers
 from vsraq.tokens.sampling import Sampling
 
@@ -33,6 +33,8 @@ SEQLEN = 2048
 BATCH_SIZE = 8
 SEED = 42
 PACKAGES = ("vsraq", "torch", "transformers")
+# what transformers reads quantized checkpoints with
+_READERS = ("auto-round", "compressed-tensors")
 # the least that is allowed; None is a default where there is one
 _LEAST = {"batch_size": 1, "seqlen": 2, "sequences": 1, "seed": 0}
 _OPTIONAL = ("seqlen", "sequences")
@@ -64,9 +66,9 @@ class Settings:
                 continue
             whole = isinstance(value, Integral) and not isinstance(value, bool)
             if not whole or value < least:
-                none = ", or None" if name in _OPTIONAL else ""
+                other = "; or leave it out" if name in _OPTIONAL else ""
                 raise ValueError(
-                    f"{name}={value!r}: allowed is an int >= {least}{none}"
+                    f"{name}={value!r}: allowed is an int >= {least}{other}"
                 )
 
 
@@ -120,6 +122,7 @@ def prepared(
         FileNotFoundError: The text is not there.
         ValueError: The tokenizers differ, there is no router, or the text is too short.
     """
+    check_file_of(data)
     remote = settings.load.trust_remote_code
     named = {"the full-precision model": fp_source, **sources}
     found = check_same_tokenizers(
@@ -156,32 +159,43 @@ def opened_alike(
         yield opened.pop()
 
 
+def model_identity(source: ModelSource) -> dict[str, Any] | None:
+    """What tells whether a model gives the same numbers; None for one in memory.
+
+    Args:
+        source: The model; its files are looked at now.
+    """
+    files = source.identity()
+    if files is None:
+        return None
+    versions: dict[str, str | None] = {**stamp.versions(*PACKAGES)}
+    if source.is_quantized:
+        versions |= {name: stamp.version_or_none(name) for name in _READERS}
+    return {"model": files, "version": versions}
+
+
 def identity_of(
-    source: ModelSource, text: Text, settings: Settings
+    model: Mapping[str, Any] | None, text: Text, settings: Settings
 ) -> dict[str, Any] | None:
     """What decides the numbers of a full-precision pass; None for a module in memory.
 
     Args:
-        source: The model.
+        model: What `model_identity` said before the model was loaded.
         text: The text.
         settings: How it is run.
     """
-    model = source.identity()
     if model is None:
         return None
     digest = hashlib.sha256()
     for rows in text.rows:
         digest.update(f"{tuple(rows.shape)}".encode())
         digest.update(rows.flatten().numpy().data)
-    dtype = settings.load.dtype
     return {
-        "model": model,
+        **model,
         "tokens": digest.hexdigest(),
         "batch size": int(settings.batch_size),
-        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
-        "device": settings.load.device,
+        **settings.load.identity(),
         "router pattern": settings.router_pattern,
-        "version": stamp.versions(*PACKAGES),
     }
 
 
@@ -240,10 +254,26 @@ def full_precision(
                 progress=settings.progress,
                 record_routing=record_routing,
             )
+        _finish(result, fp_source)
     if fp_source.module is None:
         result.model.drop_blocks()
         free_memory()
     return result
+
+
+def _finish(result: FullPrecisionModel, source: ModelSource) -> None:
+    """Write that a pass is whole, unless the model's files changed meanwhile."""
+    stored = result.stored
+    if stored.identity is None:
+        return
+    if source.identity() != stored.identity["model"]:
+        _log.warning(
+            "the files of %s changed while it ran, so its full-precision pass is not "
+            "used again",
+            source.label,
+        )
+        return
+    stored.finish(result.returns_tuple, result.load, result.seconds)
 
 
 def _sampling_of(

@@ -2,6 +2,7 @@
 """A model to compare: a folder that is loaded for its pass only, or a live module."""
 
 import gc
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from vsraq.checkpoint import load_model, local_folder
 from vsraq.checkpoint.weight_files import weight_files
 
 ModelOrPath: TypeAlias = nn.Module | str | Path
+# as `device_map` of transformers
+Device: TypeAlias = str | torch.device | dict[str, str | int | torch.device]
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,13 @@ class LoadOptions:
 
     Attributes:
         dtype: What to compute in, such as "float32"; None takes the checkpoint's.
-        device: Where to, such as "cuda:0", or "auto" for all devices; None is the CPU.
+        device: Where to, such as "cuda:0", or "auto" for all devices, or a device by
+            the name of the module; None is the CPU.
         trust_remote_code: As in transformers.
     """
 
     dtype: str | torch.dtype | None = None
-    device: str | None = None
+    device: Device | None = None
     trust_remote_code: bool = False
 
     def keywords(self) -> dict[str, Any]:
@@ -39,6 +43,19 @@ class LoadOptions:
             "trust_remote_code": self.trust_remote_code or None,
         }
         return {name: value for name, value in given.items() if value is not None}
+
+    def identity(self) -> dict[str, Any]:
+        """What of them decides the numbers of a pass, as JSON has it."""
+        dtype, device = self.dtype, self.device
+        if isinstance(device, dict):
+            placed: Any = {name: str(place) for name, place in device.items()}
+        else:
+            placed = None if device is None else str(device)
+        return {
+            "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+            "device": placed,
+            "trust_remote_code": self.trust_remote_code,
+        }
 
 
 class ModelSource:
@@ -79,6 +96,14 @@ class ModelSource:
             return None
         files = weight_files(self.folder)
         return sum(file.stat().st_size for file in files) / 2**20
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it is a folder whose config says that the weights are quantized."""
+        if self.folder is None:
+            return False
+        config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        return "quantization_config" in config
 
     def identity(self) -> dict[str, Any] | None:
         """What tells whether a model is still the same; None for a module.

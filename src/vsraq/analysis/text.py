@@ -112,6 +112,23 @@ def read_text(
     return Text(source, _grouped(_some(list(windows), sequences, source)))
 
 
+def check_file_of(data: TextData) -> None:
+    """Check that a file is there, where `data` can be nothing but one.
+
+    Args:
+        data: As in `read_text`.
+
+    Raises:
+        FileNotFoundError: It is not.
+    """
+    if not isinstance(data, str | Path):
+        return
+    lines = _json_lines_of(str(data))
+    path = Path(data) if lines is None else lines[0]
+    if lines is not None or path.suffix in (".safetensors", ".pt", ".txt"):
+        _check_file(path)
+
+
 def _rows(tensor: Tensor) -> list[Tensor]:
     if tensor.ndim not in (1, 2):
         raise ValueError(
@@ -178,16 +195,22 @@ def _token_ids(data: str | Path) -> Tensor | None:
 
 def _documents(data: str) -> Iterator[str]:
     """Yield the documents of a text file, a .jsonl file or a data set."""
-    path, separator, field = data.rpartition(".jsonl")
-    if separator and (not field or field.startswith(":")):
-        return _json_lines(
-            Path(f"{path}.jsonl"), field.removeprefix(":") or _TEXT_FIELD
-        )
+    lines = _json_lines_of(data)
+    if lines is not None:
+        return _json_lines(*lines)
     if Path(data).is_file():
         return iter([Path(data).read_text(encoding="utf-8")])
     if Path(data).suffix == ".txt":
         _check_file(Path(data))
     return _data_set(data)
+
+
+def _json_lines_of(data: str) -> tuple[Path, str] | None:
+    """Split PATH.jsonl:FIELD; None where it is something else."""
+    path, separator, field = data.rpartition(".jsonl")
+    if not separator or (field and not field.startswith(":")):
+        return None
+    return Path(f"{path}.jsonl"), field.removeprefix(":") or _TEXT_FIELD
 
 
 def _check_file(path: Path) -> None:
