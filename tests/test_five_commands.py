@@ -8,6 +8,8 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
+from vsraq.cli import _parser
+
 ROOT = Path(__file__).parents[1]
 SMALLER = {  # what makes a command small enough for a test
     "quantize": [
@@ -17,6 +19,7 @@ SMALLER = {  # what makes a command small enough for a test
         "calibration.dataset={text}",
     ],
     "compare": ["--seqlen=64", "--sequences=4"],
+    "evaluate": ["--wikitext2=docs/options.md", "--seqlen=64"],
 }
 
 
@@ -51,7 +54,9 @@ def test_from_a_model_to_its_evaluation(text_file, tmp_path):
         )
         assert done.returncode == 0, f"{command}: {done.stderr[-3000:]}"
         printed[command] = done.stdout
-    assert list(printed) == ["quantize", "verify", "compare", "report"]
+    road = ("quantize", "verify", "compare", "report", "evaluate")
+    parsers = _parser()._subparsers._group_actions[0].choices
+    assert list(printed) == [command for command in road if command in parsers]
     assert "exported to out/embedded/model-w4g32" in printed["quantize"]
     assert "Verification(kind=" in printed["verify"]
     assert "jaccard" in printed["compare"].lower()

@@ -23,7 +23,7 @@ def describe_run(found: Inspected) -> str:
     recipe = found.recipe
     calibration = recipe.calibration
     rows = [
-        ("model", f"{recipe.model}, {len(found.blocks)} blocks, {_routers(found)}"),
+        ("model", f"{recipe.model}, {_blocks(found)}, {_routers(found)}"),
         ("scheme", _schemes(found)),
         ("method", _method(found)),
         ("bit plan", _bits(found)),
@@ -39,6 +39,13 @@ def describe_run(found: Inspected) -> str:
     serving = describe_serving(list(served_by(found).items()))
     lines += [f"{'engine':12}{line}" for line in serving]
     return "\n".join([*lines, str(estimate(found))])
+
+
+def _blocks(found: Inspected) -> str:
+    tuned, all_blocks = len(found.tuned_blocks), len(found.blocks)
+    return f"{all_blocks} blocks" + (
+        f" of which {tuned} are quantized" if tuned < all_blocks else ""
+    )
 
 
 def _routers(found: Inspected) -> str:
@@ -67,6 +74,9 @@ def _scheme(layer: Layer) -> str:
 
 def _method(found: Inspected) -> str:
     config = found.recipe.algorithm_config()
+    if not found.recipe.tunes:
+        samples = "" if found.recipe.needs_samples else ", without samples"
+        return f"AutoRound, rounded to nearest{samples}"
     if not isinstance(config, VSRAQConfig) or not config.alignment:
         return f"AutoRound, {config.iters} iterations"
     alignment = config.alignment

@@ -16,6 +16,7 @@ from vsraq.realignment.logits import REFIT_BYTES
 from vsraq.recipe.inspect import Inspected
 from vsraq.recipe.layers import Layer
 from vsraq.recipe.memory import RunMemory, Settings, graph_bytes, run_memory
+from vsraq.recipe.published import published_bytes
 from vsraq.recipe.recipe import Recipe
 
 OPERATIONS_PER_SECOND = 1e14
@@ -95,14 +96,26 @@ def estimate(
     """
     operations, traffic = _work(found)
     return RunEstimate(
-        run_memory(found.layers, memory_settings(found)),
-        float(found.stored_width * found.parameters),
+        run_memory(tuned_layers(found), memory_settings(found)),
+        published_bytes(
+            found.config, found.block_layers, found.parameters, found.stored_width
+        ),
         found.export_bytes,
         operations,
         traffic,
         operations_per_second,
         bytes_per_second,
     )
+
+
+def tuned_layers(found: Inspected) -> list[Layer]:
+    """Return the layers of what a run works on: its blocks and its output projection.
+
+    Args:
+        found: The recipe and its model.
+    """
+    names = {*found.tuned_blocks, *([found.head.block] if found.head else [])}
+    return [layer for layer in found.layers if layer.block in names]
 
 
 def memory_settings(found: Inspected) -> Settings:
@@ -117,19 +130,27 @@ def memory_settings(found: Inspected) -> Settings:
     cost = found.planning_cost
     config = recipe.algorithm_config()
     ahead = isinstance(config, VSRAQConfig) and config.alignment.next_router_weight != 0
-    streamed = not os.environ.get("AR_DISABLE_META_LOAD")
+    tunes_head = found.head is not None and recipe.tunes
+    # AutoRound loads a model whole to tune its output projection, or without samples
+    streamed = recipe.needs_samples and not tunes_head
+    streamed = streamed and not os.environ.get("AR_DISABLE_META_LOAD")
+    samples = calibration.nsamples if recipe.needs_samples else 0
     loaded = found.outside if streamed else found.parameters
     return Settings(
-        samples=calibration.nsamples,
+        samples=samples,
         seqlen=calibration.seqlen,
-        batch_size=calibration.batch_size,
+        batch_size=min(samples, calibration.batch_size),
         hidden=found.hidden,
-        value_bytes=_width(recipe, on_cpu),
+        tunes=recipe.tunes,
+        tunes_head=tunes_head,
+        streamed=streamed,
+        casts=_casts(recipe, on_cpu),
+        value_bytes=_width(found, on_cpu, streamed),
         on_cpu=on_cpu,
         waits_on_cpu=bool(recipe.runtime.get("low_gpu_mem_usage", False)),
         looks_ahead=ahead and bool(found.routers),
         kept_bytes=_kept_bytes(found),
-        outside_bytes=float(found.stored_width * loaded),
+        loaded_bytes=float(found.stored_width * loaded),
         export_bytes=found.export_bytes,
         plan_bytes=float(cost.state_bytes) if cost is not None else 0.0,
     )
@@ -140,10 +161,22 @@ def _on_cpu(recipe: Recipe) -> bool:
     return str(recipe.runtime.get("device_map", "")).startswith("cpu")
 
 
-def _width(recipe: Recipe, on_cpu: bool) -> int:
-    """Return the bytes of a value in tuning: float32 where bfloat16 is missing."""
+def _width(found: Inspected, on_cpu: bool, streamed: bool) -> int:
+    """Return the bytes of a value in tuning: float32 where bfloat16 is missing.
+
+    Blocks that are streamed keep the dtype of the files.
+    """
+    if not found.recipe.tunes:
+        return found.stored_width
+    if not _casts(found.recipe, on_cpu):
+        return torch.float32.itemsize
+    return found.stored_width if streamed else torch.bfloat16.itemsize
+
+
+def _casts(recipe: Recipe, on_cpu: bool) -> bool:
+    """Whether a run computes in 16 bits."""
     amp = bool(recipe.runtime.get("amp", True))
-    return 2 if amp and (not on_cpu or get_ar_device("cpu").supports_bf16()) else 4
+    return amp and (not on_cpu or bool(get_ar_device("cpu").supports_bf16()))
 
 
 def _kept_bytes(found: Inspected) -> float:
@@ -170,18 +203,19 @@ def _work(found: Inspected) -> tuple[float, float]:
     """Return the operations of a run, and the bytes that it moves."""
     recipe, config = found.recipe, found.recipe.algorithm_config()
     calibration = recipe.calibration
-    tokens = calibration.nsamples * calibration.seqlen
+    tokens = calibration.nsamples * calibration.seqlen * recipe.needs_samples
     steps = config.gradient_accumulate_steps * calibration.batch_size
     tuned = config.iters * steps * calibration.seqlen
     operations = traffic = 0.0
-    for layer in found.layers:
+    for layer in tuned_layers(found):
         operations += layer.weights * layer.read * _FORWARD * _PASSES * tokens
         if layer.is_quantized:
             read = layer.weights * layer.read
             operations += read * (_FORWARD + _BACKWARD) * tuned
             traffic += layer.weights * config.iters * _moved(layer)
     if memory_settings(found).looks_ahead:
-        before = sum(layer.weights for layer in found.layers if layer.copies == 1)
+        blocks = (layer for layer in tuned_layers(found) if layer is not found.head)
+        before = sum(layer.weights for layer in blocks if layer.copies == 1)
         operations += before * (_FORWARD + _BACKWARD) * tuned / 2
     cost = found.planning_cost
     if cost is not None:

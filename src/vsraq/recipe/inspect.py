@@ -16,7 +16,7 @@ from vsraq.bits.cost import PlanningCost
 from vsraq.bits.engines import get_engine
 from vsraq.bits.units import Unit, find_units
 from vsraq.recipe.bits import check_bit_plan, plan_choices
-from vsraq.recipe.layers import Layer, model_blocks, recipe_layers
+from vsraq.recipe.layers import Layer, model_blocks, recipe_layers, tuned_blocks
 from vsraq.recipe.model import model_config, skeleton
 from vsraq.recipe.recipe import Recipe
 from vsraq.routers import Router, find_routers
@@ -31,7 +31,8 @@ class Inspected:
         config: The model's transformers config.
         model: The model, on meta.
         routers: Its routers.
-        layers: The linear layers of its blocks; a bit plan is not in their schemes.
+        layers: The linear layers of its blocks, and its output projection if that is
+            quantized; a bit plan is not in their schemes.
         plan: The bit plan, if there is one already.
     """
 
@@ -68,13 +69,32 @@ class Inspected:
         """Names of the decoder blocks."""
         return model_blocks(self.model, self.routers)
 
+    @cached_property
+    def tuned_blocks(self) -> tuple[str, ...]:
+        """Names of the blocks that are quantized."""
+        return tuned_blocks(self.blocks, self.recipe)
+
+    @cached_property
+    def head(self) -> Layer | None:
+        """The output projection, if it is quantized with the recipe's scheme."""
+        inside = set(self.blocks)
+        return next((x for x in self.layers if x.block not in inside), None)
+
+    @property
+    def block_layers(self) -> list[Layer]:
+        """The linear layers of the decoder blocks."""
+        return [layer for layer in self.layers if layer is not self.head]
+
     def uniform_bytes(self, export_format: str) -> int:
         """Compute the bytes of an export without a bit plan.
 
         Args:
             export_format: AutoRound's name of the export format.
         """
-        inside = sum(layer.stored_bytes(export_format) for layer in self.layers)
+        inside = sum(
+            layer.stored_bytes(export_format, self.stored_width)
+            for layer in self.layers
+        )
         return int(inside + self.stored_width * self.outside)
 
     @property
@@ -97,7 +117,7 @@ class Inspected:
         settings = self.recipe.bit_settings
         if not settings or self.plan is not None:
             return ()
-        names = [layer.name for layer in self.layers if layer.is_quantized]
+        names = [layer.name for layer in self.block_layers if layer.is_quantized]
         engine = None if settings["engine"] == "none" else settings["engine"]
         return find_units(self.model, names, self.routers, get_engine(engine))
 
@@ -112,14 +132,14 @@ class Inspected:
         units = self.units
         if not units:
             return None
-        by_name = {layer.name: layer for layer in self.layers}
+        by_name = {layer.name: layer for layer in self.block_layers}
         position = {name: index for index, name in enumerate(self.blocks)}
         schemes = self._candidates(units).schemes
         starts = [0]  # the uniform scheme
         for unit in units:
             tried = [n for n in schemes[unit.name] if scheme_fields(n)["bits"] < 16]
             starts += [position[by_name[unit.layers[0]].block]] * len(tried)
-        read = sum(layer.weights * layer.read for layer in self.layers)
+        read = sum(layer.weights * layer.read for layer in self.block_layers)
         embedding = self.model.get_input_embeddings().weight  # type: ignore[operator]
         blocks = len(self.blocks)
         return PlanningCost.of(
@@ -128,7 +148,7 @@ class Inspected:
             tokens=self.recipe.bit_settings["tokens"],
             hidden=self.hidden,
             value_bytes=2,
-            block_weights=sum(layer.weights for layer in self.layers) / blocks,
+            block_weights=sum(layer.weights for layer in self.block_layers) / blocks,
             read_weights=read / blocks,
             head_weights=embedding.numel(),
         )
@@ -138,7 +158,11 @@ class Inspected:
         engine = None if settings["engine"] == "none" else settings["engine"]
         return find_candidates(
             units,
-            {layer.name: layer.fields for layer in self.layers if layer.is_quantized},
+            {
+                layer.name: layer.fields
+                for layer in self.block_layers
+                if layer.is_quantized
+            },
             self.recipe.scheme.upper(),
             plan_choices(self.recipe),
             get_engine(engine),

@@ -3,7 +3,7 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from auto_round.scheme_entry import preview_resolved_attrs
@@ -25,7 +25,8 @@ class Layer:
 
     Attributes:
         name: Its qualified name; of experts, that of the first one.
-        block: Qualified name of the decoder block that it is in.
+        block: Qualified name of the decoder block that it is in, or its own name if it
+            is the output projection.
         out_features: Rows.
         in_features: Columns.
         copies: How many there are: E for experts, else 1.
@@ -51,15 +52,16 @@ class Layer:
         """Whether it gets fewer than 16 bits."""
         return int(self.fields["bits"]) < 16
 
-    def stored_bytes(self, export_format: str) -> float:
+    def stored_bytes(self, export_format: str, width: int) -> float:
         """Return its bytes in an export.
 
         Args:
             export_format: AutoRound's name of the export format.
+            width: Bytes of a weight that is not quantized.
         """
         shape = self.out_features, self.in_features
         if not self.is_quantized:
-            return 2.0 * self.weights
+            return float(width * self.weights)
         try:
             return float(self.copies * layer_bytes(self.fields, *shape, export_format))
         except ValueError:  # a scheme whose layout is not known: numbers and scales
@@ -80,23 +82,84 @@ def model_blocks(model: nn.Module, routers: Sequence[Router]) -> tuple[str, ...]
     return tuple(f"{name}.{child}" for child, _ in lists[name].named_children())
 
 
+def tuned_blocks(blocks: Sequence[str], recipe: Recipe) -> tuple[str, ...]:
+    """Return the blocks that a recipe quantizes, by AutoRound's rule.
+
+    Args:
+        blocks: Names of the model's decoder blocks.
+        recipe: The recipe, whose `runtime.to_quant_block_names` may name some.
+
+    Raises:
+        ValueError: It names none of them.
+    """
+    said = recipe.runtime.get("to_quant_block_names", "")
+    names = [name.strip() for name in said.split(",") if name.strip()]
+    if not names:
+        return tuple(blocks)
+    try:
+        found = tuple(b for b in blocks if any(re.search(n, b) for n in names))
+    except re.error as error:
+        raise ValueError(
+            f"runtime.to_quant_block_names={said!r}: no pattern ({error}); allowed are "
+            "parts of blocks' names, or regular expressions"
+        ) from error
+    if not found:
+        raise ValueError(
+            f"runtime.to_quant_block_names={said!r}: no block has such a name; allowed "
+            f"are parts of names such as {blocks[0]}"
+        )
+    return found
+
+
 def recipe_layers(
     model: nn.Module, routers: Sequence[Router], recipe: Recipe
 ) -> list[Layer]:
     """Find the linear layers of a model's blocks, and what a recipe gives them.
 
+    The output projection is among them if the recipe quantizes it.
+
     Args:
         model: The recipe's model, on meta.
         routers: Its routers, which keep full precision.
         recipe: The recipe; a bit plan is not looked at.
+
+    Raises:
+        ValueError: A pattern of the recipe is none, or names no block.
     """
     default = dict(preview_resolved_attrs(recipe.algorithm_config(), recipe.scheme))
-    return [
+    tuned = set(tuned_blocks(model_blocks(model, routers), recipe))
+    found = [
         Layer(name, block, rows, columns, copies, read, _fields(name, default, recipe))
         for name, block, rows, columns, copies, read in _matrices(model, routers)
         # AutoRound leaves such layers, as the gate of a shared expert, as they are
         if rows % 32 == 0 and columns % 32 == 0
     ]
+    found = [
+        layer if layer.block in tuned else replace(layer, fields=_unquantized(layer))
+        for layer in found
+    ]
+    return [*found, *_head(model, recipe, default)]
+
+
+def _unquantized(layer: Layer) -> dict[str, Any]:
+    return {**layer.fields, "bits": 16, "act_bits": 16}
+
+
+def _head(
+    model: nn.Module, recipe: Recipe, default: Mapping[str, Any]
+) -> Iterator[Layer]:
+    """Yield the output projection, if it is quantized: AutoRound leaves tied ones."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    name = next((n for n, m in model.named_modules() if m is head), "")
+    wanted = recipe.runtime.get("quant_lm_head", False)
+    wanted = wanted or name in recipe.runtime.get("layer_config", {})
+    config: Any = model.config
+    if not wanted or head is None or getattr(config, "tie_word_embeddings", False):
+        return
+    rows, columns = head.weight.shape
+    fields = _fields(name, default, recipe)
+    if rows % 32 == 0 and columns % 32 == 0 and int(fields["bits"]) < 16:
+        yield Layer(name, name, rows, columns, 1, 1.0, fields)
 
 
 def _fields(name: str, default: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from vsraq.recipe.layers import Layer
 _ROUNDING = 4  # AutoRound tunes in float32
 _SCALES = 2 * 4  # min_scale and max_scale, per group
 _STREAMS = 3  # inputs on the quantized path, and outputs on both
+_HEAD_STREAMS = 2  # the output projection's inputs in full precision, and quantized
 _SHARD = 5e9  # AutoRound's max_shard_size; a shard is written when it is full
 # experts are rounded together up to this much: a weight and its rounding value
 _FUSED = 512 * 2**20
@@ -48,7 +49,7 @@ class Settings:
     """What decides the memory of a run, besides its layers.
 
     Attributes:
-        samples: Calibration samples.
+        samples: Calibration samples; 0 if the model is not run.
         seqlen: Tokens of a sample.
         batch_size: Samples of a micro-batch.
         hidden: Hidden width.
@@ -57,9 +58,14 @@ class Settings:
         waits_on_cpu: `low_gpu_mem_usage`.
         looks_ahead: Whether there is a next-router loss.
         kept_bytes: What the router losses and the re-fit keep of a block.
-        outside_bytes: Weights outside of the blocks.
+        loaded_bytes: Weights that stay in memory: those outside of the blocks, or all.
         export_bytes: Of all exports.
         plan_bytes: Hidden states while a bit plan is made.
+        tunes: Whether anything is tuned; otherwise weights are rounded to nearest.
+        tunes_head: Whether the output projection is tuned, with its inputs of all
+            samples.
+        streamed: Whether blocks are read from disk one by one.
+        casts: Whether the run computes in 16 bits; then rounding copies a block.
     """
 
     samples: int
@@ -71,9 +77,13 @@ class Settings:
     waits_on_cpu: bool
     looks_ahead: bool
     kept_bytes: float
-    outside_bytes: float
+    loaded_bytes: float
     export_bytes: float
     plan_bytes: float = 0.0
+    tunes: bool = True
+    tunes_head: bool = False
+    streamed: bool = True
+    casts: bool = True
 
 
 @dataclass(frozen=True)
@@ -99,8 +109,9 @@ def run_memory(layers: Sequence[Layer], settings: Settings) -> RunMemory:
     blocks: dict[str, list[Layer]] = defaultdict(list)
     for layer in layers:
         blocks[layer.block].append(layer)
+    work = _tuning if settings.tunes else _rounding
     tuning = max(
-        (_tuning(own, settings) for own in blocks.values()),
+        (work(own, settings) for own in blocks.values()),
         key=lambda parts: sum(parts.values()),
         default={},
     )
@@ -109,14 +120,17 @@ def run_memory(layers: Sequence[Layer], settings: Settings) -> RunMemory:
         tuning["next block, up to its router"] = ahead
     best = tuning.pop("best rounding values", 0.0)
     tokens = settings.samples * settings.seqlen
-    states = _STREAMS * tokens * settings.hidden * settings.value_bytes
+    streams = _STREAMS + _HEAD_STREAMS * settings.tunes_head
+    states = streams * tokens * settings.hidden * settings.value_bytes
     waiting = {
         "hidden states": max(float(states), settings.plan_bytes),
         "best rounding values": best,
         "router logits": settings.kept_bytes,
     }
     host = {
-        "embedding and head": settings.outside_bytes,
+        "embedding and head" if settings.streamed else "whole model": (
+            settings.loaded_bytes
+        ),
         "shard to be written": min(settings.export_bytes, _SHARD),
     }
     if settings.on_cpu:
@@ -145,6 +159,18 @@ def _tuning(block: Sequence[Layer], settings: Settings) -> dict[str, float]:
         "rounded weights of a step": graph + _working(quantized, width),
         "activations of a step": _activations(block, settings),
         "best rounding values": values,
+    }
+
+
+def _rounding(block: Sequence[Layer], settings: Settings) -> dict[str, float]:
+    """Return what rounding a block to nearest takes."""
+    width = settings.value_bytes
+    quantized = [layer for layer in block if layer.is_quantized]
+    largest = max((layer.weights / layer.copies for layer in quantized), default=0.0)
+    copied = settings.casts or settings.streamed
+    return {
+        "block": copied * float(width * sum(layer.weights for layer in block)),
+        "rounded weights of a layer": _WHILE_ROUNDING * largest,
     }
 
 

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
+from auto_round.compressors.utils import check_need_act_calibration
+from auto_round.scheme_entry import preview_resolved_attrs
 from auto_round.schemes import QuantizationScheme
 
 from vsraq.autoround import VSRAQConfig
@@ -156,6 +158,21 @@ class Recipe:
     def formats(self) -> tuple[str, ...]:
         """AutoRound's names of the export formats."""
         return tuple(name.strip().lower() for name in self.format.split(","))
+
+    @property
+    def tunes(self) -> bool:
+        """Whether there is anything to tune: AutoRound rounds to nearest without."""
+        return self.algorithm_config().iters > 0
+
+    @property
+    def needs_samples(self) -> bool:
+        """Whether AutoRound runs the model: to tune, or for static ranges of inputs."""
+        if self.tunes:
+            return True
+        fields = preview_resolved_attrs(self.algorithm_config(), self.scheme)
+        return check_need_act_calibration(
+            fields["act_dynamic"], fields["act_data_type"], fields["act_bits"] or 16
+        )
 
     @property
     def _config_class(self) -> type[SignRoundConfig]:
