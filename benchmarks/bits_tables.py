@@ -238,11 +238,14 @@ def plot(table: Mapping[Key, Row], path: Path) -> None:
         low, high = axis.get_xlim()
         middle, half = (low + high) / 2, max(high - low, 0.06 * high) / 2
         axis.set_xlim(middle - half, middle + half)  # ways may have the same bytes
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.08 * axis.get_ylim()[1])
+        axis.locator_params(axis="x", nbins=4)
         axis.set_title(" ".join(panel), fontsize=8)
         axis.tick_params(labelsize=7)
-    figure.supxlabel("export, MiB", fontsize=8)
-    figure.supylabel("KL to full precision, nats", fontsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("export, MiB", fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("KL to full precision, nats", fontsize=8)
     handles = {}
     for axis in axes.flat:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
