@@ -6,7 +6,6 @@ docs/replay.md describes `replay.json`.
 Shapes: N sequences, T tokens of one batch.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -18,7 +17,7 @@ from torch import Tensor
 from vsraq.analysis.intervals import Interval, ratio_intervals
 from vsraq.analysis.results import DataUsed, HistogramCounts, SamplingUsed
 from vsraq.analysis.tally import Histogram, Thresholds
-from vsraq.whole_file import write_whole
+from vsraq.json_file import write_json_file
 
 FORMAT = "vsraq-replay/1"
 REPLAY_FILE = "replay.json"
@@ -84,8 +83,7 @@ class ReplayEffect:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(self.as_dict(), indent=1, allow_nan=False)
-        write_whole(folder / REPLAY_FILE, f"{text}\n")
+        write_json_file(folder / REPLAY_FILE, self.as_dict())
         return folder / REPLAY_FILE
 
     def __str__(self) -> str:

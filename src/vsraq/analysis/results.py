@@ -7,20 +7,19 @@ docs/compare.md describes both.
 Shapes: n sampled tokens, E experts, K top-k.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
 
 import torch
-from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from vsraq.analysis.intervals import Interval
 from vsraq.analysis.tally import SAMPLED, Thresholds
+from vsraq.json_file import read_json_file, write_json_file
 from vsraq.whole_file import write_whole
 
 FORMAT = "vsraq-compare/1"
@@ -218,8 +217,7 @@ class Comparison(Results):
         Path(folder).mkdir(parents=True, exist_ok=True)
         results, tokens = self.paths(folder)
         write_whole(tokens, save(dict(self.tokens), {"format": FORMAT}))
-        text = json.dumps(self.as_dict(), indent=1, allow_nan=False)
-        write_whole(results, f"{text}\n")
+        write_json_file(results, self.as_dict())
         return results, tokens
 
     @staticmethod
@@ -244,19 +242,15 @@ class Comparison(Results):
             ValueError: A file is not of this version.
         """
         path, tokens_path = cls.paths(folder)
-        text = path.read_text(encoding="utf-8")
         refused = (
             f"{str(path)!r}: no results of this version; allowed is a folder that "
             "`vsraq compare` has written, so run it again"
         )
+        results = read_json_file(path, FORMAT, Results, refused)
         try:
-            found = json.loads(text).pop("format", None)
-            results = TypeAdapter(Results).validate_json(text, strict=True)
             tokens = load_file(tokens_path)
-        except (ValueError, TypeError, AttributeError, SafetensorError) as error:
+        except SafetensorError as error:
             raise ValueError(f"{refused} ({' '.join(str(error).split())})") from error
-        if found != FORMAT:
-            raise ValueError(f"{refused} (format={found!r})")
         return cls(**vars(results), tokens=tokens)
 
     def __str__(self) -> str:

@@ -4,16 +4,13 @@
 docs/evaluate.md says what the keys mean.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, TypeAlias
 
-from pydantic import TypeAdapter
-
-from vsraq.whole_file import write_whole
+from vsraq.json_file import read_json_file, write_json_file
 
 FORMAT = "vsraq-evaluation/1"
 FILE_NAME = "evaluation.json"
@@ -196,8 +193,7 @@ class Evaluation:
         """
         Path(folder).mkdir(parents=True, exist_ok=True)
         path = Path(folder) / FILE_NAME
-        text = json.dumps(self.as_dict(), indent=1, allow_nan=False)
-        write_whole(path, f"{text}\n")
+        write_json_file(path, self.as_dict())
         return path
 
     def as_dict(self) -> dict[str, Any]:
@@ -216,19 +212,11 @@ class Evaluation:
             ValueError: It is not of this version.
         """
         path = Path(folder) / FILE_NAME
-        text = path.read_text(encoding="utf-8")
         refused = (
             f"{str(path)!r}: no evaluation of this version; allowed is a folder that "
             "`vsraq evaluate` has written, so run it again"
         )
-        try:
-            found = json.loads(text).pop("format", None)
-            evaluation = TypeAdapter(cls).validate_json(text, strict=True)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{refused} ({' '.join(str(error).split())})") from error
-        if found != FORMAT:
-            raise ValueError(f"{refused} (format={found!r})")
-        return evaluation
+        return read_json_file(path, FORMAT, cls, refused)
 
     def __str__(self) -> str:
         from vsraq.evaluation.table import as_text
