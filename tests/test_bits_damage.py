@@ -129,6 +129,23 @@ def test_equals_whole_models(family, scheme, group, unit):
     assert (actual.kl, actual.routing) == approx(expected)
 
 
+@pytest.mark.parametrize("family", ["solar_open", "nemotron_h"])
+def test_models_in_bfloat16_are_measured_in_float32(family):
+    with tiny.bfloat16():
+        model = tiny.tiny_model(family).bfloat16()
+        found = prepare(model, group_size=32)
+        assert next(found.module.parameters()).dtype == torch.bfloat16
+        trials = [trial_of(found, n, fields_of("W8A16", 32)) for n in ("experts", ALL)]
+        trials += [Trial({"lm_head": fields_of("W8A16", 32)})]
+        actual = measure_damage(found.model, trials, BATCHES)
+    assert next(found.module.parameters()).dtype == torch.bfloat16
+    same = prepare(tiny.tiny_model(family).bfloat16().float(), group_size=32)
+    expected = measure_damage(same.model, trials, BATCHES)
+    # the model itself rounds its positions' sines to bfloat16
+    for damage, in_float32 in zip(actual, expected, strict=True):
+        assert (damage.kl, damage.routing) == approx(in_float32, rel=0.05)
+
+
 def test_the_output_projection():
     found = prepare(tiny.tiny_model("solar_open"), group_size=32)
     trial = Trial({"lm_head": fields_of("W4A16", 32)})

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from accelerate.utils import send_to_device
+from accelerate.utils import convert_to_fp32, send_to_device
 from torch import Tensor, nn
 
 from vsraq.blocks import decoder_blocks, replaced_forward
@@ -63,10 +63,10 @@ class BlockCall:
         states: Tensor = self.args[0] if self.args else next(iter(self.kwargs.values()))
         return states
 
-    def on(self, device: torch.device | str) -> "BlockCall":
-        """Return the same on a device."""
-        args, kwargs = send_to_device((self.args, self.kwargs), device)
-        return BlockCall(args, kwargs)
+    def float_on(self, device: torch.device | str) -> "BlockCall":
+        """Return the same on a device, 16-bit tensors in float32."""
+        moved = send_to_device((self.args, self.kwargs), device)
+        return BlockCall(*convert_to_fp32(moved))
 
     def run(
         self, block: nn.Module, states: Tensor | None = None

@@ -3,6 +3,7 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from vsraq.autoround.planning import Candidates
@@ -47,7 +48,7 @@ def planning_cost(
         len(blocks),
         tokens=tokens,
         hidden=embedding.shape[-1],
-        value_bytes=embedding.element_size(),
+        value_bytes=torch.float32.itemsize,
         block_weights=stored / len(blocks),
         read_weights=read / len(blocks),
         head_weights=embedding.numel(),

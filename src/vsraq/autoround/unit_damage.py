@@ -5,6 +5,10 @@ All trials go through the model side by side, in one pass over its blocks: each 
 loaded once, runs in full precision on every trial's hidden states, and with rounded
 layers for those trials that have some in it.
 
+All of it is float32, whatever the model's dtype. In bfloat16 the smallest change of a
+weight moves hidden states by a rounding step, which changes as many experts as a layer
+in 4 bits does: all trials would have that in common.
+
 Shapes: S streams, N tokens, H hidden width, V vocabulary.
 """
 
@@ -108,7 +112,7 @@ class MeasuredModel:
         return cls(module, blocks, routers, offloader, device)
 
     def load(self, name: str) -> nn.Module:
-        """Load a copy of a block.
+        """Load a copy of a block, in float32.
 
         Raises:
             RuntimeError: A tensor is neither in memory nor on disk.
@@ -121,7 +125,7 @@ class MeasuredModel:
                 "disk, so nothing can be measured; load the model into memory before "
                 "AutoRound gets it"
             )
-        return block.to(self.device).eval()
+        return block.to(self.device, torch.float32).eval()
 
     @torch.no_grad()
     def check(self, input_ids: Tensor) -> None:
@@ -176,8 +180,8 @@ def measure_damage(
 
     Layers are rounded to nearest with AutoRound's own functions, activations included.
 
-    Memory: S N H values of the model's dtype on the CPU, one block, and its rounded
-    layers. Time: one pass of a block for each stream that has begun.
+    Memory: S N H values on the CPU, one block, and its rounded layers, all float32.
+    Time: one pass of a block for each stream that has begun.
 
     Args:
         model: The model.
@@ -200,7 +204,7 @@ def measure_damage(
     with torch.compiler.set_stance("force_eager"):
         for position, name in enumerate(names):
             block = model.load(name)
-            given = [calls.of(position, ids).on(model.device) for ids in batches]
+            given = [calls.of(position, ids).float_on(model.device) for ids in batches]
             before = fp_states or [call.states.cpu() for call in given]
             run = _BlockRun(block, given, routers_inside(model.routers, name))
             with _activation_ranges(block, name, trials):
@@ -319,7 +323,11 @@ def _output_damage(
         for s in streams
     ]
     with output_head(
-        model.module, model.blocks, device=model.device, returns_tuple=returns_tuple
+        model.module,
+        model.blocks,
+        device=model.device,
+        dtype=torch.float32,
+        returns_tuple=returns_tuple,
     ) as head:
         for index, fp in enumerate(fp_states):
             rows = fp.flatten(0, 1).split(CHUNK_TOKENS)

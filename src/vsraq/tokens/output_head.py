@@ -28,6 +28,7 @@ def output_head(
     blocks: Sequence[str],
     *,
     device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     autocast: torch.dtype | None = None,
     returns_tuple: bool = False,
 ) -> Iterator[OutputHead]:
@@ -42,6 +43,7 @@ def output_head(
         model: A transformers causal language model whose forward takes `inputs_embeds`.
         blocks: Names of all decoder blocks, in order.
         device: Where to compute; None leaves the model where it is.
+        dtype: What to compute in; None leaves it. It needs a `device`.
         autocast: Run under autocast with this dtype; None runs without.
         returns_tuple: Whether the model's blocks return a tuple with the hidden states
             first, as older code does, and not the hidden states.
@@ -64,7 +66,9 @@ def output_head(
         for block in blocks:
             cleanup.enter_context(replaced_forward(model.get_submodule(block), stack))
         if device is not None:
-            cleanup.enter_context(_outside_on(model, blocks, torch.device(device)))
+            cleanup.enter_context(
+                _outside_on(model, blocks, torch.device(device), dtype)
+            )
 
         @torch.no_grad()
         def head(hidden_states: Tensor) -> Tensor:
@@ -107,7 +111,10 @@ class _Replay:
 
 @contextmanager
 def _outside_on(
-    model: nn.Module, blocks: Sequence[str], device: torch.device
+    model: nn.Module,
+    blocks: Sequence[str],
+    device: torch.device,
+    dtype: torch.dtype | None,
 ) -> Iterator[None]:
     inside = {id(m) for name in blocks for m in model.get_submodule(name).modules()}
     parameters: list[tuple[nn.Parameter, Tensor]] = []
@@ -119,11 +126,11 @@ def _outside_on(
             for name, parameter in owner.named_parameters(recurse=False):
                 _check_in_memory(f"{owner_name}.{name}", parameter)
                 parameters.append((parameter, parameter.data))
-                parameter.data = parameter.data.to(device)
+                parameter.data = _moved(parameter.data, device, dtype)
             for name, buffer in owner.named_buffers(recurse=False):
                 _check_in_memory(f"{owner_name}.{name}", buffer)
                 buffers.append((owner, name, buffer))
-                owner._buffers[name] = buffer.to(device)
+                owner._buffers[name] = _moved(buffer, device, dtype)
         yield
     finally:
         # reversed: a tied parameter was moved once per owner
@@ -131,6 +138,10 @@ def _outside_on(
             parameter.data = data
         for owner, name, buffer in buffers:
             owner._buffers[name] = buffer
+
+
+def _moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
 
 def _check_in_memory(name: str, tensor: Tensor) -> None:
