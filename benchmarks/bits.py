@@ -151,14 +151,31 @@ def plan(cell: Cell) -> dict[str, Any]:
     """The exceptions of the plan with the least damage within a cell's budget."""
     budget = BUDGETS[cell.budget]
     known = sizes(cell.model, cell.scheme, budget.engine, cell.way == WITH_HEAD)
-    chosen = planning.choose(
+    units_measured = measured(cell.model, cell.scheme, budget.engine)
+    planned = planning.best_plan(
+        in_float32(cell.model, cell.scheme, budget.engine).model,
         known.units,
         known.candidates,
-        measured(cell.model, cell.scheme, budget.engine),
+        planning_batches(),
         planning.Sizes(known.export.bytes_of, known.limit(budget)),
         {"kl": 1.0, "routing": 1.0} if cell.way == ROUTING else {"kl": 1.0},
+        units_measured,
     )
-    return layers_of(known, chosen, budget.engine)
+    return layers_of(known, planned.chosen, budget.engine)
+
+
+def in_float32(model: str, scheme: str, engine: str | None) -> PreparedModel:
+    """A model to measure."""
+    return PreparedModel.of(
+        routing.load_bench_model(model),
+        scheme,
+        export_format(scheme, engine),
+        {"tokenizer": routing.load_tokenizer(), **RUN},
+    )
+
+
+def planning_batches() -> list[torch.Tensor]:
+    return [routing.calibration_windows(PLANNING_WINDOWS, PLANNING_SEED)]
 
 
 @cache
@@ -173,16 +190,10 @@ def measured(model: str, scheme: str, engine: str | None) -> planning.Measured:
     parts = [model, routing.weights_hash(model), scheme, engine or "any"]
     path = MEASURED / f"{'-'.join(parts)}.json"
     if not path.exists():
-        prepared = PreparedModel.of(
-            routing.load_bench_model(model),
-            scheme,
-            export_format(scheme, engine),
-            {"tokenizer": routing.load_tokenizer(), **RUN},
-        )
-        windows = routing.calibration_windows(PLANNING_WINDOWS, PLANNING_SEED)
+        prepared = in_float32(model, scheme, engine)
         started = time.process_time()
         found = planning.measure_units(
-            prepared.model, known.units, known.candidates, [windows]
+            prepared.model, known.units, known.candidates, planning_batches()
         )
         seconds = time.process_time() - started
         print(f"{path.stem}: units measured in {seconds:.0f} CPU s", flush=True)

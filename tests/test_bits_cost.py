@@ -12,6 +12,7 @@ from vsraq.bits.cost import PlanningCost
 from vsraq.bits.shares import byte_shares
 
 SIZES = {
+    "plans": 1,
     "tokens": 100,
     "hidden": 8,
     "value_bytes": 2,
@@ -24,7 +25,7 @@ SIZES = {
 def test_the_parts_of_the_cost():
     cost = PlanningCost.of([0, 0, 1, 2], 3, **SIZES)
     assert cost.streams == 4
-    assert cost.passes == 3 + 3 + 2 + 1 + 3 * 3
+    assert cost.passes == 3 + 3 + 2 + 1 + (2 + 1) * 3
     assert cost.state_bytes == 7 * 100 * 8 * 2
     assert cost.operations == 2 * 18 * 100 * 100 + 2 * 7 * 100 * 50
     assert cost.seconds(1e4, 1e5) == pytest.approx(cost.operations / 1e4 + 0.36)
@@ -68,7 +69,7 @@ def test_a_plan_measures_what_its_cost_says(monkeypatch, vsraq_log):
     assert set(passes) == {plan.tokens}
     line = next(m for m in vsraq_log if "measuring" in m)
     said = int(line.split(" passes")[0].split()[-1])
-    assert len(passes) == said
+    assert said - 2 * 2 <= len(passes) <= said  # plans may coincide
 
 
 @pytest.mark.parametrize(
@@ -91,6 +92,7 @@ def test_a_plan_of_a_large_model_takes_less_than_an_hour(schemes, streams, gigab
     cost = PlanningCost.of(
         starts,
         len(blocks),
+        plans=3,
         tokens=4096,
         hidden=model.config.hidden_size,
         value_bytes=4,

@@ -16,7 +16,8 @@ class PlanningCost:
 
     Attributes:
         streams: S.
-        passes: Passes of a block, of all streams, those of the whole plan included.
+        plans: How many whole plans are compared at most.
+        passes: The most passes of a block, of all streams and plans.
         tokens: N.
         hidden: H.
         value_bytes: Bytes of a value.
@@ -26,6 +27,7 @@ class PlanningCost:
     """
 
     streams: int
+    plans: int
     passes: int
     tokens: int
     hidden: int
@@ -40,6 +42,7 @@ class PlanningCost:
         starts: Sequence[int],
         blocks: int,
         *,
+        plans: int,
         tokens: int,
         hidden: int,
         value_bytes: int,
@@ -52,17 +55,19 @@ class PlanningCost:
         Args:
             starts: The index of the first block of each stream.
             blocks: How many blocks the model has.
-            tokens: See the attributes, as those below.
+            plans: See the attributes, as those below.
+            tokens: N.
             hidden: H.
             value_bytes: Bytes of a value.
             block_weights: Weights of a block.
             read_weights: Those that one token reads.
             head_weights: Weights of the output projection.
         """
-        # full precision, and the whole plan with full precision beside it
-        passes = sum(blocks - start for start in starts) + 3 * blocks
+        # full precision twice, with the units and with the plans
+        passes = sum(blocks - start for start in starts) + (2 + plans) * blocks
         return cls(
             len(starts),
+            plans,
             passes,
             tokens,
             hidden,
@@ -82,7 +87,12 @@ class PlanningCost:
     def operations(self) -> float:
         """Floating-point operations: 2 per weight and token."""
         blocks = 2.0 * self.passes * self.tokens * self.read_weights
-        return blocks + 2.0 * (self.streams + 3) * self.tokens * self.head_weights
+        return blocks + 2.0 * self._ends * self.tokens * self.head_weights
+
+    @property
+    def _ends(self) -> int:
+        """Streams that reach the output head; full precision does it twice."""
+        return self.streams + self.plans + 2
 
     @property
     def traffic(self) -> float:
