@@ -12,10 +12,8 @@ from vsraq.bits.cost import PlanningCost
 from vsraq.bits.shares import byte_shares
 
 SIZES = {
-    "plans": 1,
     "tokens": 100,
     "hidden": 8,
-    "value_bytes": 2,
     "block_weights": 1000.0,
     "read_weights": 100.0,
     "head_weights": 50,
@@ -25,10 +23,10 @@ SIZES = {
 def test_the_parts_of_the_cost():
     cost = PlanningCost.of([0, 0, 1, 2], 3, **SIZES)
     assert cost.streams == 4
-    assert cost.passes == 3 + 3 + 2 + 1 + (2 + 1) * 3
-    assert cost.state_bytes == 7 * 100 * 8 * 2
-    assert cost.operations == 2 * 18 * 100 * 100 + 2 * 7 * 100 * 50
-    assert cost.seconds(1e4, 1e5) == pytest.approx(cost.operations / 1e4 + 0.36)
+    assert cost.passes == 3 + 3 + 2 + 1 + 5 * 3
+    assert cost.state_bytes == 7 * 100 * 8 * 4
+    assert cost.operations == 2 * 24 * 100 * 100 + 2 * 9 * 100 * 50
+    assert cost.seconds(1e4, 1e5) == pytest.approx(cost.operations / 1e4 + 0.96)
 
 
 def test_a_limit_of_memory_lowers_the_tokens():
@@ -92,10 +90,8 @@ def test_a_plan_of_a_large_model_takes_less_than_an_hour(schemes, streams, gigab
     cost = PlanningCost.of(
         starts,
         len(blocks),
-        plans=3,
         tokens=4096,
         hidden=model.config.hidden_size,
-        value_bytes=4,
         block_weights=weights,
         read_weights=weights - experts * (1 - 8 / 128),
         head_weights=model.lm_head.weight.numel(),

@@ -8,6 +8,7 @@ import torch
 from auto_round import AutoRound
 from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.utils.offload import OffloadManager
+from auto_round.utils.weight_handler import check_and_mark_quantized_module
 
 import tiny
 from prepared import UNQUANTIZED, arguments, prepare
@@ -144,6 +145,24 @@ def test_models_in_bfloat16_are_measured_in_float32(family):
     # the model itself rounds its positions' sines to bfloat16
     for damage, in_float32 in zip(actual, expected, strict=True):
         assert (damage.kl, damage.routing) == approx(in_float32, rel=0.05)
+
+
+def test_weights_of_fp8_checkpoints():
+    found = prepare(tiny.tiny_model("solar_open"), group_size=32)
+    layer = found.module.get_submodule(f"{L0}.self_attn.o_proj")
+    weight = layer.weight.detach()
+    scale = weight.abs().max() / torch.finfo(torch.float8_e4m3fn).max
+    stored = (weight / scale).to(torch.float8_e4m3fn)
+    in_bfloat16 = stored.bfloat16() * scale.bfloat16()  # what AutoRound reads
+    trials = [Trial({f"{L0}.self_attn.o_proj": fields_of("W4A16", 32)})]
+    layer.weight = torch.nn.Parameter(in_bfloat16.float(), requires_grad=False)
+    expected = measure_damage(found.model, trials, BATCHES)
+    layer.weight = torch.nn.Parameter(stored, requires_grad=False)
+    layer.weight_scale_inv = scale.reshape(1, 1)
+    layer.block_size = stored.shape
+    check_and_mark_quantized_module(found.module)
+    assert measure_damage(found.model, trials, BATCHES) == expected
+    assert layer.weight.dtype == torch.float8_e4m3fn
 
 
 def test_the_output_projection():

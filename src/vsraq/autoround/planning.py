@@ -19,7 +19,7 @@ from vsraq.autoround.unit_damage import (
     Trial,
     measure_damage,
 )
-from vsraq.bits.allocation import Metric, Priced, allocate
+from vsraq.bits.allocation import MORE_ROUTING, Metric, Priced, allocate
 from vsraq.bits.damage import Damage, DamageModel
 from vsraq.bits.engines import Engine, why_not_held
 from vsraq.bits.sizes import layer_bytes, weight_bytes
@@ -260,10 +260,6 @@ def make_plan(
     return best_plan(
         model, units, candidates, batches, sizes, metric, measured, progress=title
     )
-
-
-# of routing, beside the user's metric; each leads to a choice that is measured
-MORE_ROUTING = (0.0, 0.5, 1.0)
 
 
 def best_plan(

@@ -3,10 +3,9 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from vsraq.autoround.planning import MORE_ROUTING, Candidates
+from vsraq.autoround.planning import Candidates
 from vsraq.autoround.prepared_model import PreparedModel
 from vsraq.bits.cost import PlanningCost
 from vsraq.bits.units import Unit
@@ -46,10 +45,8 @@ def planning_cost(
     return PlanningCost.of(
         starts,
         len(blocks),
-        plans=len(MORE_ROUTING),
         tokens=tokens,
         hidden=embedding.shape[-1],
-        value_bytes=torch.float32.itemsize,
         block_weights=stored / len(blocks),
         read_weights=read / len(blocks),
         head_weights=embedding.numel(),

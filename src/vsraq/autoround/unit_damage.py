@@ -21,7 +21,11 @@ import torch
 from auto_round.algorithms.composer import AlgorithmComposer
 from auto_round.algorithms.quantization.rtn.config import RTNConfig
 from auto_round.data_type.utils import update_block_global_scale_if_needed
-from auto_round.utils import set_amax_for_all_moe_layers, set_module
+from auto_round.utils import (
+    convert_module_to_hp_if_necessary,
+    set_amax_for_all_moe_layers,
+    set_module,
+)
 from auto_round.utils.offload import OffloadManager
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -125,6 +129,7 @@ class MeasuredModel:
                 "disk, so nothing can be measured; load the model into memory before "
                 "AutoRound gets it"
             )
+        convert_module_to_hp_if_necessary(block, torch.float32, self.device)  # FP8
         return block.to(self.device, torch.float32).eval()
 
     @torch.no_grad()

@@ -5,33 +5,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
+from vsraq.bits.allocation import MORE_ROUTING
+
+PLANS = len(MORE_ROUTING)  # measured as a whole, at most
+_VALUE_BYTES = 4  # float32
+
 
 @dataclass(frozen=True)
 class PlanningCost:
     """The cost of measuring, in its parts.
 
-    With S streams of N tokens and hidden width H, the states take S N H values. A
-    stream passes the blocks from that of its unit on, and the output head. Each pass
-    of a block multiplies with what a token reads of it, and reads the block's weights.
+    With S streams of N tokens and hidden width H, the states take S N H values of
+    float32. A stream passes the blocks from that of its unit on, and the output head.
+    Each pass of a block multiplies with what a token reads of it, and reads the block's
+    weights.
 
     Attributes:
         streams: S.
-        plans: How many whole plans are compared at most.
         passes: The most passes of a block, of all streams and plans.
         tokens: N.
         hidden: H.
-        value_bytes: Bytes of a value.
         block_weights: Weights of a block, on the mean.
         read_weights: Those that one token reads, on the mean.
         head_weights: Weights of the output projection.
     """
 
     streams: int
-    plans: int
     passes: int
     tokens: int
     hidden: int
-    value_bytes: int
     block_weights: float
     read_weights: float
     head_weights: int
@@ -42,10 +44,8 @@ class PlanningCost:
         starts: Sequence[int],
         blocks: int,
         *,
-        plans: int,
         tokens: int,
         hidden: int,
-        value_bytes: int,
         block_weights: float,
         read_weights: float,
         head_weights: int,
@@ -55,23 +55,19 @@ class PlanningCost:
         Args:
             starts: The index of the first block of each stream.
             blocks: How many blocks the model has.
-            plans: See the attributes, as those below.
-            tokens: N.
+            tokens: See the attributes, as those below.
             hidden: H.
-            value_bytes: Bytes of a value.
             block_weights: Weights of a block.
             read_weights: Those that one token reads.
             head_weights: Weights of the output projection.
         """
         # full precision twice, with the units and with the plans
-        passes = sum(blocks - start for start in starts) + (2 + plans) * blocks
+        passes = sum(blocks - start for start in starts) + (2 + PLANS) * blocks
         return cls(
             len(starts),
-            plans,
             passes,
             tokens,
             hidden,
-            value_bytes,
             block_weights,
             read_weights,
             head_weights,
@@ -81,7 +77,7 @@ class PlanningCost:
     def state_bytes(self) -> int:
         """Bytes of the hidden states of all streams, on the CPU."""
         # full precision before and after a block, and what a stream becomes
-        return (self.streams + 3) * self.tokens * self.hidden * self.value_bytes
+        return (self.streams + 3) * self.tokens * self.hidden * _VALUE_BYTES
 
     @property
     def operations(self) -> float:
@@ -92,12 +88,12 @@ class PlanningCost:
     @property
     def _ends(self) -> int:
         """Streams that reach the output head; full precision does it twice."""
-        return self.streams + self.plans + 2
+        return self.streams + PLANS + 2
 
     @property
     def traffic(self) -> float:
         """Bytes of weights that are read: a block's, once per pass."""
-        return float(self.passes) * self.block_weights * self.value_bytes
+        return float(self.passes) * self.block_weights * _VALUE_BYTES
 
     def seconds(self, operations_per_second: float, bytes_per_second: float) -> float:
         """Estimate the time.

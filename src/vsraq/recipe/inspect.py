@@ -147,7 +147,6 @@ class Inspected:
             blocks,
             tokens=self.recipe.bit_settings["tokens"],
             hidden=self.hidden,
-            value_bytes=2,
             block_weights=sum(layer.weights for layer in self.block_layers) / blocks,
             read_weights=read / blocks,
             head_weights=embedding.numel(),
