@@ -22,6 +22,7 @@ from vsraq.recipe.recipe import Recipe
 OPERATIONS_PER_SECOND = 1e14
 BYTES_PER_SECOND = 4.8e11
 _FORWARD, _BACKWARD = 2, 4  # operations per weight and token
+_FLOAT32 = 2.5  # times the operations of 16 bits; bit plans are measured in it
 _PASSES = 4  # calibration, the reference, what experts get, the next block's inputs
 _RANK_BYTES = 6  # a logit that a router loss reads, and its expert
 
@@ -219,7 +220,8 @@ def _work(found: Inspected) -> tuple[float, float]:
         operations += before * (_FORWARD + _BACKWARD) * tuned / 2
     cost = found.planning_cost
     if cost is not None:
-        operations, traffic = operations + cost.operations, traffic + cost.traffic
+        operations += _FLOAT32 * cost.operations
+        traffic += cost.traffic
     return operations, traffic
 
 
