@@ -59,7 +59,8 @@ def test_the_best_measured_choice_is_kept(found, metric, monkeypatch):
     )
     (name,) = metric
     least = min(getattr(damage, name) for damage in damages)
-    assert getattr(planned.together, name) == least
+    good = [d for d in damages if getattr(d, name) <= least * 1.02]
+    assert planned.together == min(good, key=lambda damage: damage.routing)
     assert planned.chosen in choices
     assert damages[choices.index(planned.chosen)] == planned.together
     assert sum(sizes.of[key] for key in planned.chosen.items()) <= sizes.limit

@@ -26,6 +26,8 @@ from vsraq.bits.sizes import layer_bytes, weight_bytes
 from vsraq.bits.units import Unit
 from vsraq.strict import did_you_mean
 
+# on other tokens of the same text, the damage of a plan differs by about as much
+_SAME = 0.02
 OWN = "own"  # a scheme from the user's layer_config that has no name
 _NAMES = tuple(QuantizationScheme.get_attributes())
 _UNQUANTIZED = {
@@ -277,7 +279,8 @@ def best_plan(
 
     A prediction is a few per cent off, and too low where many routers are close to
     another choice. So the metric's own choice is compared with choices that weigh
-    routing more; what is measured decides, by the metric.
+    routing more. What is measured decides, by the metric; between plans that are as
+    good as the tokens can tell, the one that changes fewer selected experts.
 
     `measured` is what `measure_units` returned, `progress` the title of a progress bar.
     Other arguments and errors are those of `make_plan`.
@@ -291,7 +294,9 @@ def best_plan(
     trials = [_trial_of(units, candidates, choice) for choice in choices]
     found = measure_damage(model, trials, batches, progress=progress)
     weighted = _weights(metric, measured.uniform)
-    best = min(range(len(found)), key=lambda index: weighted.of(found[index]))
+    limit = (1 + _SAME) * min(weighted.of(damage) for damage in found)
+    good = [i for i, damage in enumerate(found) if weighted.of(damage) <= limit]
+    best = min(good, key=lambda index: found[index].routing)
     return Planned(choices[best], measured, found[best])
 
 
