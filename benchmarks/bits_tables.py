@@ -173,28 +173,39 @@ def format_aims(table: Mapping[Key, Row]) -> str:
 
 
 def format_duels(table: Mapping[Key, Row]) -> str:
-    """The KL of plans beside that of other ways to spend the same bytes."""
+    """Plans beside other ways to spend the same bytes."""
     lines = [
-        "| bytes spent by | tuned by | plan is ahead | KL of the plan, % less (mean) |"
-        " least | most |",
-        "|---|---|---|---|---|---|",
+        "| bytes spent by | tuned by | plan is ahead in KL | KL of the plan, % less "
+        "(mean) | least | most | ahead in Jaccard | closes % more of the gap (mean) |",
+        "|---|---|---|---|---|---|---|---|",
     ]
+    mean = statistics.mean
     ways = ("AutoScheme", "W4A16_MIXED", "attention first", *RANDOM)
     for way in ways:
         for recipe in RECIPES:
-            less = [
-                100 * (1 - statistics.mean(plan.kl) / statistics.mean(row.kl))
+            pairs = [
+                (plan, row)
                 for key_, row in table.items()
                 if key_[3:] == (way, recipe)
                 and (plan := table.get((*key_[:3], "plan", recipe))) is not None
             ]
-            if less:
-                ahead = sum(value > 0 for value in less)
-                lines.append(
-                    f"| {way} | {recipe} | {ahead} of {len(less)} | "
-                    f"{statistics.mean(less):.1f} | {min(less):.1f} | {max(less):.1f} |"
-                )
+            if not pairs:
+                continue
+            less = [100 * (1 - mean(plan.kl) / mean(row.kl)) for plan, row in pairs]
+            more = [
+                100 * (mean(plan.jaccard_closed) - mean(row.jaccard_closed))
+                for plan, row in pairs
+            ]
+            lines.append(
+                f"| {way} | {recipe} | {_ahead(less)} | {mean(less):.1f} | "
+                f"{min(less):.1f} | {max(less):.1f} | {_ahead(more)} | "
+                f"{mean(more):.1f} |"
+            )
     return "\n".join(lines)
+
+
+def _ahead(values: Sequence[float]) -> str:
+    return f"{sum(value > 0 for value in values)} of {len(values)}"
 
 
 def plot(table: Mapping[Key, Row], path: Path) -> None:

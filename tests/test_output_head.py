@@ -55,6 +55,21 @@ def test_equals_the_full_forward(family):
     assert torch.equal(again, hidden)
 
 
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_computes_in_another_dtype(device):
+    model = tiny.tiny_model("solar_open").bfloat16()
+    hidden, _ = last_hidden(model, torch.cat(tiny.calibration(samples=3)))
+    with output_head(model.float(), blocks_of(model)) as head:
+        expected = head(hidden.float())
+    model.bfloat16()
+    before = state(model)
+    options = {"device": device, "dtype": torch.float32}
+    with output_head(model, blocks_of(model), **options) as head:
+        assert torch.equal(head(hidden.float()), expected)
+    assert state(model) == before
+    assert model.lm_head.weight.dtype == torch.bfloat16
+
+
 def test_scale_and_softcap_are_the_models_own():
     """Cohere scales its logits, Gemma 2 caps them and scales its embeddings."""
     shape = {

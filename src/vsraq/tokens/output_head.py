@@ -43,7 +43,7 @@ def output_head(
         model: A transformers causal language model whose forward takes `inputs_embeds`.
         blocks: Names of all decoder blocks, in order.
         device: Where to compute; None leaves the model where it is.
-        dtype: What to compute in; None leaves it. It needs a `device`.
+        dtype: What to compute in; None leaves it.
         autocast: Run under autocast with this dtype; None runs without.
         returns_tuple: Whether the model's blocks return a tuple with the hidden states
             first, as older code does, and not the hidden states.
@@ -65,10 +65,8 @@ def output_head(
     with ExitStack() as cleanup:
         for block in blocks:
             cleanup.enter_context(replaced_forward(model.get_submodule(block), stack))
-        if device is not None:
-            cleanup.enter_context(
-                _outside_on(model, blocks, torch.device(device), dtype)
-            )
+        if device is not None or dtype is not None:
+            cleanup.enter_context(_outside_on(model, blocks, device, dtype))
 
         @torch.no_grad()
         def head(hidden_states: Tensor) -> Tensor:
@@ -113,7 +111,7 @@ class _Replay:
 def _outside_on(
     model: nn.Module,
     blocks: Sequence[str],
-    device: torch.device,
+    device: torch.device | str | None,
     dtype: torch.dtype | None,
 ) -> Iterator[None]:
     inside = {id(m) for name in blocks for m in model.get_submodule(name).modules()}
@@ -140,8 +138,11 @@ def _outside_on(
             owner._buffers[name] = buffer
 
 
-def _moved(tensor: Tensor, device: torch.device, dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(device, dtype if tensor.is_floating_point() else None)
+def _moved(
+    tensor: Tensor, device: torch.device | str | None, dtype: torch.dtype | None
+) -> Tensor:
+    dtype = dtype if tensor.is_floating_point() else None
+    return tensor.to(device=device, dtype=dtype)
 
 
 def _check_in_memory(name: str, tensor: Tensor) -> None:
