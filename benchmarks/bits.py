@@ -52,11 +52,12 @@ from vsraq.analysis import closeness
 from vsraq.autoround import planning
 from vsraq.autoround.export_sizes import ExportSizes
 from vsraq.autoround.plan_bits import default_options
-from vsraq.autoround.planning import Candidates, find_candidates, unit_bytes
+from vsraq.autoround.planning import Candidates, find_candidates
 from vsraq.autoround.prepared_model import PreparedModel
 from vsraq.bits.damage import Damage, DamageModel
 from vsraq.bits.engines import get_engine
 from vsraq.bits.exceptions import exceptions
+from vsraq.bits.sizes import unit_bytes
 from vsraq.bits.units import Unit, find_units
 from vsraq.checkpoint import load_model
 

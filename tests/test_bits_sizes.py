@@ -12,8 +12,8 @@ from safetensors import safe_open
 
 import tiny
 from prepared import UNQUANTIZED, arguments, prepare
-from vsraq.autoround.planning import scheme_fields, unit_bytes
-from vsraq.bits.sizes import layer_bytes, plain_bytes
+from vsraq.autoround.planning import scheme_fields
+from vsraq.bits.sizes import layer_bytes, plain_bytes, unit_bytes
 from vsraq.checkpoint import load_model, verify
 
 L0, L1 = "model.layers.0", "model.layers.1"

@@ -8,11 +8,11 @@ from typing import Self
 
 from torch import Tensor, nn
 
-from vsraq.autoround.planning import Candidates, Sizes, unit_bytes
+from vsraq.autoround.planning import Candidates, Sizes
 from vsraq.autoround.prepared_model import PreparedModel
 from vsraq.bits.damage import Damage
 from vsraq.bits.plan import Cost
-from vsraq.bits.sizes import plain_bytes
+from vsraq.bits.sizes import plain_bytes, unit_bytes
 from vsraq.bits.units import Unit
 
 

@@ -11,7 +11,7 @@ from auto_round.schemes import (
     QuantizationScheme,
     preset_name_to_scheme,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from vsraq.autoround.unit_damage import (
     MeasuredModel,
@@ -22,7 +22,6 @@ from vsraq.autoround.unit_damage import (
 from vsraq.bits.allocation import MORE_ROUTING, Metric, Priced, allocate
 from vsraq.bits.damage import Damage, DamageModel
 from vsraq.bits.engines import Engine, why_not_held
-from vsraq.bits.sizes import layer_bytes, weight_bytes
 from vsraq.bits.units import Unit
 from vsraq.strict import did_you_mean
 
@@ -383,28 +382,3 @@ def _trial_of(
             if fields["bits"] < 16
         }
     )
-
-
-def unit_bytes(
-    model: nn.Module,
-    schemes: Mapping[str, SchemeFields],
-    export_format: str,
-    widths: Mapping[str, int] | None = None,
-) -> int:
-    """Compute the bytes of a unit's weights.
-
-    Args:
-        model: The model, in the dtype of the export.
-        schemes: The scheme of each of the unit's layers.
-        export_format: AutoRound's name of the export format.
-        widths: See `plain_bytes`.
-    """
-    total = 0
-    for layer, fields in schemes.items():
-        if fields["bits"] >= 16:
-            total += weight_bytes(model, layer, widths)
-        else:
-            weight: Tensor = model.get_submodule(layer).weight  # type: ignore[assignment]
-            rows, columns = weight.shape
-            total += layer_bytes(fields, rows, columns, export_format)
-    return total

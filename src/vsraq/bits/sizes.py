@@ -136,5 +136,30 @@ def weight_bytes(
     return _size(weight, f"{layer}.weight", widths)
 
 
+def unit_bytes(
+    model: nn.Module,
+    schemes: Mapping[str, Mapping[str, Any]],
+    export_format: str,
+    widths: Mapping[str, int] | None = None,
+) -> int:
+    """Compute the bytes of a unit's weights.
+
+    Args:
+        model: The model, in the dtype of the export.
+        schemes: The scheme of each of the unit's layers.
+        export_format: AutoRound's name of the export format.
+        widths: See `plain_bytes`.
+    """
+    total = 0
+    for layer, fields in schemes.items():
+        if fields["bits"] >= 16:
+            total += weight_bytes(model, layer, widths)
+        else:
+            weight: torch.Tensor = model.get_submodule(layer).weight  # type: ignore[assignment]
+            rows, columns = weight.shape
+            total += layer_bytes(fields, rows, columns, export_format)
+    return total
+
+
 def _size(tensor: torch.Tensor, name: str, widths: Mapping[str, int] | None) -> int:
     return tensor.numel() * (widths or {}).get(name, tensor.element_size())
