@@ -110,8 +110,7 @@ class Sizes:
 def sizes(model: str, scheme: str, engine: str | None, head: bool = False) -> Sizes:
     rules, form = get_engine(engine), export_format(scheme, engine)
     in_bfloat16 = load_model(routing.bench_model_path(model), dtype=torch.bfloat16)
-    arguments = {"tokenizer": routing.load_tokenizer(), **RUN}
-    prepared = PreparedModel.of(in_bfloat16, scheme, form, arguments)
+    prepared = prepare(in_bfloat16, scheme, engine)
     prepared.module.bfloat16()  # a CPU without bfloat16 has made it float32
     layers = prepared.layers | (prepared.head_layer() if head else {})
     units = find_units(prepared.module, list(layers), prepared.model.routers, rules)
@@ -119,6 +118,11 @@ def sizes(model: str, scheme: str, engine: str | None, head: bool = False) -> Si
     candidates = find_candidates(units, layers, scheme, options, rules, form)
     export = ExportSizes.of(prepared, units, candidates, form)
     return Sizes(prepared, units, candidates, export)
+
+
+def prepare(model: nn.Module, scheme: str, engine: str | None) -> PreparedModel:
+    arguments = {"tokenizer": routing.load_tokenizer(), **RUN}
+    return PreparedModel.of(model, scheme, export_format(scheme, engine), arguments)
 
 
 def export_format(scheme: str, engine: str | None) -> str:
@@ -152,9 +156,10 @@ def plan(cell: Cell) -> dict[str, Any]:
     """The exceptions of the plan with the least damage within a cell's budget."""
     budget = BUDGETS[cell.budget]
     known = sizes(cell.model, cell.scheme, budget.engine, cell.way == WITH_HEAD)
+    in_float32 = routing.load_bench_model(cell.model)
     units_measured = measured(cell.model, cell.scheme, budget.engine)
-    planned = planning.best_plan(
-        in_float32(cell.model, cell.scheme, budget.engine).model,
+    planned = planning.make_plan(
+        prepare(in_float32, cell.scheme, budget.engine).model,
         known.units,
         known.candidates,
         planning_batches(),
@@ -163,16 +168,6 @@ def plan(cell: Cell) -> dict[str, Any]:
         units_measured,
     )
     return layers_of(known, planned.chosen, budget.engine)
-
-
-def in_float32(model: str, scheme: str, engine: str | None) -> PreparedModel:
-    """A model to measure."""
-    return PreparedModel.of(
-        routing.load_bench_model(model),
-        scheme,
-        export_format(scheme, engine),
-        {"tokenizer": routing.load_tokenizer(), **RUN},
-    )
 
 
 def planning_batches() -> list[torch.Tensor]:
@@ -191,7 +186,7 @@ def measured(model: str, scheme: str, engine: str | None) -> planning.Measured:
     parts = [model, routing.weights_hash(model), scheme, engine or "any"]
     path = MEASURED / f"{'-'.join(parts)}.json"
     if not path.exists():
-        prepared = in_float32(model, scheme, engine)
+        prepared = prepare(routing.load_bench_model(model), scheme, engine)
         started = time.process_time()
         found = planning.measure_units(
             prepared.model, known.units, known.candidates, planning_batches()

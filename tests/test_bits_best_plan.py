@@ -12,7 +12,7 @@ from vsraq.autoround.unit_damage import measure_damage
 from vsraq.bits.engines import get_engine
 from vsraq.bits.units import find_units
 
-BATCHES = [sample for sample in tiny.calibration(samples=4)]
+BATCHES = tiny.calibration(samples=4)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_the_best_measured_choice_is_kept(found, metric, monkeypatch):
         measure_damage(model, [planning._trial_of(units, candidates, c)], BATCHES)[0]
         for c in choices
     ]
-    planned = planning.best_plan(
+    planned = planning.make_plan(
         model, units, candidates, BATCHES, sizes, metric, measured
     )
     (name,) = metric

@@ -67,7 +67,7 @@ def test_a_plan_measures_what_its_cost_says(monkeypatch, vsraq_log):
     assert set(passes) == {plan.tokens}
     line = next(m for m in vsraq_log if "measuring" in m)
     said = int(line.split(" passes")[0].split()[-1])
-    assert said - 2 * 2 <= len(passes) <= said  # plans may coincide
+    assert said - len(passes) in (0, 2, 4)  # plans may coincide, of 2 blocks each
 
 
 @pytest.mark.parametrize(

@@ -238,10 +238,16 @@ def make_plan(
     batches: Sequence[Tensor],
     sizes: Sizes,
     metric: Mapping[str, float],
+    measured: Measured | None = None,
     *,
     progress: bool = False,
 ) -> Planned:
-    """Measure every unit with every scheme, choose, and measure what was chosen.
+    """Measure every unit, make several choices, and keep the one that measures best.
+
+    A prediction is a few per cent off, and too low where many routers are close to
+    another choice. So the metric's own choice is compared with choices that weigh
+    routing more. What is measured decides, by the metric; between plans that are as
+    good as the tokens can tell, the one that changes fewer selected experts.
 
     Args:
         model: The model.
@@ -250,48 +256,25 @@ def make_plan(
         batches: Token ids, each (B, S).
         sizes: What they take.
         metric: Weights of "kl" and "routing", each as a share of the uniform scheme's.
+        measured: What `measure_units` returned before; None measures now.
         progress: Whether progress bars are shown.
 
     Raises:
         ValueError: The smallest schemes are over the limit.
         NotImplementedError: Blocks that run alone do not give what the model gives.
     """
-    measured = measure_units(model, units, candidates, batches, progress=progress)
-    title = "Measuring plans" if progress else None
-    return best_plan(
-        model, units, candidates, batches, sizes, metric, measured, progress=title
-    )
-
-
-def best_plan(
-    model: MeasuredModel,
-    units: Sequence[Unit],
-    candidates: Candidates,
-    batches: Sequence[Tensor],
-    sizes: Sizes,
-    metric: Mapping[str, float],
-    measured: Measured,
-    *,
-    progress: str | None = None,
-) -> Planned:
-    """Make several choices, measure each as a whole, and keep the best one.
-
-    A prediction is a few per cent off, and too low where many routers are close to
-    another choice. So the metric's own choice is compared with choices that weigh
-    routing more. What is measured decides, by the metric; between plans that are as
-    good as the tokens can tell, the one that changes fewer selected experts.
-
-    `measured` is what `measure_units` returned, `progress` the title of a progress bar.
-    Other arguments and errors are those of `make_plan`.
-    """
+    if measured is None:
+        measured = measure_units(model, units, candidates, batches, progress=progress)
     choices: list[dict[str, str]] = []
-    for more in MORE_ROUTING:
+    # without KL, more routing is the same metric
+    for more in MORE_ROUTING if metric.get("kl") else (0.0,):
         weights = {**metric, "routing": metric.get("routing", 0.0) + more}
         choice = choose(units, candidates, measured, sizes, weights)
         if choice not in choices:
             choices.append(choice)
     trials = [_trial_of(units, candidates, choice) for choice in choices]
-    found = measure_damage(model, trials, batches, progress=progress)
+    title = "Measuring plans" if progress else None
+    found = measure_damage(model, trials, batches, progress=title)
     weighted = _weights(metric, measured.uniform)
     limit = (1 + _SAME) * min(weighted.of(damage) for damage in found)
     good = [i for i, damage in enumerate(found) if weighted.of(damage) <= limit]

@@ -7,7 +7,7 @@ from typing import Self
 
 from vsraq.bits.allocation import MORE_ROUTING
 
-PLANS = len(MORE_ROUTING)  # measured as a whole, at most
+_PLANS = len(MORE_ROUTING)  # measured as a whole, at most
 _VALUE_BYTES = 4  # float32
 
 
@@ -62,7 +62,7 @@ class PlanningCost:
             head_weights: Weights of the output projection.
         """
         # full precision twice, with the units and with the plans
-        passes = sum(blocks - start for start in starts) + (2 + PLANS) * blocks
+        passes = sum(blocks - start for start in starts) + (2 + _PLANS) * blocks
         return cls(
             len(starts),
             passes,
@@ -88,7 +88,7 @@ class PlanningCost:
     @property
     def _ends(self) -> int:
         """Streams that reach the output head; full precision does it twice."""
-        return self.streams + PLANS + 2
+        return self.streams + _PLANS + 2
 
     @property
     def traffic(self) -> float:
