@@ -353,7 +353,7 @@ def test_tensorboard_holds_what_was_heard(heard, tensorboard):
 
 def test_wandb_writes_offline(heard, tmp_path, monkeypatch):
     """What one run has told is told again to wandb, which needs seconds to start."""
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
     for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
         monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setenv("WANDB_SILENT", "true")
@@ -368,6 +368,7 @@ def test_wandb_writes_offline(heard, tmp_path, monkeypatch):
         assert summary[f"{name}/reconstruction"] == pytest.approx(curve[-1])
     assert summary["block"] == 1
     tracker.on_run_end(heard.of(RunResult)[0])
+    wandb.teardown()  # its own process writes the file; only this waits for it
     (file,) = tmp_path.rglob("*.wandb")
     assert file.stat().st_size > 1000
 
