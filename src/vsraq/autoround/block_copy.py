@@ -20,19 +20,24 @@ def copy_block(
     model: nn.Module,
     name: str,
     offloader: OffloadManager,
+    without_it: str,
     replaced: Mapping[int, nn.Module] | None = None,
-) -> tuple[nn.Module, list[str]]:
+) -> nn.Module:
     """Copy a block of the model; tensors in memory are shared, others read from disk.
 
     Args:
         model: The model.
         name: The block's qualified name.
         offloader: AutoRound's, which knows where tensors that are not loaded are.
+        without_it: What is impossible if tensors are missing, and what to do then, as
+            the end of the error's sentence.
         replaced: What the copy has instead of some submodules, by their `id`.
 
     Returns:
-        The copy, without gradients, and the names of those of its tensors that are
-        neither in memory nor on disk.
+        The copy, without gradients.
+
+    Raises:
+        RuntimeError: A tensor is neither in memory nor on disk.
     """
     block = model.get_submodule(name)
     # deepcopy takes what is in memo instead of copying it.
@@ -47,7 +52,12 @@ def copy_block(
     if missing:
         _read(copied, name, missing, offloader)
         missing = _missing(copied)
-    return copied, missing
+    if missing:
+        raise RuntimeError(
+            f"block {name}: {', '.join(missing)} are neither in memory nor on disk, so "
+            f"{without_it}"
+        )
+    return copied
 
 
 def split_experts(block: nn.Module) -> None:

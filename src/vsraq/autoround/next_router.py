@@ -181,13 +181,14 @@ def load_without_experts(
         id(block.get_submodule(experts)): _NotLoaded(f"{name}.{experts}")
         for experts in expert_containers(block, routers_inside(routers, name))
     }
-    loaded, missing = copy_block(model, name, offloader, experts)
-    if missing:
-        raise RuntimeError(
-            f"block {name}: {', '.join(missing)} are neither in memory nor on disk, so "
-            "its router's input cannot be computed; pass next_router_weight=0, or load "
-            "the model into memory before AutoRound gets it"
-        )
+    loaded = copy_block(
+        model,
+        name,
+        offloader,
+        "its router's input cannot be computed; pass next_router_weight=0, or load the "
+        "model into memory before AutoRound gets it",
+        experts,
+    )
     device = look_ahead_device(loaded, device)
     convert_module_to_hp_if_necessary(loaded, dtype, device)
     return loaded.to(device).eval()

@@ -179,14 +179,13 @@ class RoundedPass:
     def load(self, name: str, states: Any, others: dict[str, Any]) -> nn.Module:
         """Load a copy of a block in full precision, on its device."""
         split_experts(self.model.get_submodule(name))
-        offloader = self.orchestrator._offloader
-        block, missing = copy_block(self.model, name, offloader)
-        if missing:
-            raise RuntimeError(
-                f"block {name}: {', '.join(missing)} are neither in memory nor on "
-                "disk, so tokens cannot be selected; load the model into memory before "
-                "AutoRound gets it, or pass a mask made elsewhere"
-            )
+        block = copy_block(
+            self.model,
+            name,
+            self.orchestrator._offloader,
+            "tokens cannot be selected; load the model into memory before AutoRound "
+            "gets it, or pass a mask made elsewhere",
+        )
         dtype = self.composer.block_quantizer.model_context.amp_dtype
         convert_module_to_hp_if_necessary(block, dtype, device_manager.device)
         return self.composer.dispatch_block(block, states, others).eval()

@@ -122,13 +122,13 @@ class MeasuredModel:
             RuntimeError: A tensor is neither in memory nor on disk.
         """
         split_experts(self.module.get_submodule(name))
-        block, missing = copy_block(self.module, name, self.offloader)
-        if missing:
-            raise RuntimeError(
-                f"block {name}: {', '.join(missing)} are neither in memory nor on "
-                "disk, so nothing can be measured; load the model into memory before "
-                "AutoRound gets it"
-            )
+        block = copy_block(
+            self.module,
+            name,
+            self.offloader,
+            "nothing can be measured; load the model into memory before AutoRound gets "
+            "it",
+        )
         convert_module_to_hp_if_necessary(block, torch.float32, self.device)  # FP8
         return block.to(self.device, torch.float32).eval()
 
