@@ -164,7 +164,8 @@ class AlignmentRun:
                 its blocks cannot be run ahead, or several processes would each find
                 parameters of their own; see `check_processes`.
         """
-        check_stream(self.orchestrator.model_context)
+        context = self.orchestrator.model_context
+        check_stream(context._disk_stream_index, context.amp_dtype)
         self.coverage = self._new_coverage()
         self.refitted = {}
         self._owns_output = bool(export_folders(self.orchestrator))

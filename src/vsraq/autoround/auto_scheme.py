@@ -18,6 +18,7 @@ from auto_round.utils.device_manager import get_major_device
 from auto_round.utils.offload import OffloadManager
 from torch import Tensor, nn
 
+from vsraq.autoround.checks import check_stream
 from vsraq.autoround.planning import (
     Sizes,
     find_candidates,
@@ -65,12 +66,13 @@ def choose_by_damage(
         The fields of each layer's scheme.
 
     Raises:
-        ValueError: The model has no MoE router, an option is no preset, or no choice is
-            within `avg_bits`.
+        ValueError: The model has no MoE router or cannot be streamed, an option is no
+            preset, or no choice is within `avg_bits`.
         NotImplementedError: Its routers are not in one list of blocks.
         RuntimeError: AutoRound has broken the model before.
     """
     _check_norms(model)
+    check_stream(getattr(model, "_disk_stream_index", None), torch.bfloat16)
     names = list(quant_layer_names)
     free = [n for n in _in_order(model, names) if n not in fixed_layer_scheme]
     options = [_preset(option) for option in auto_scheme.options]

@@ -136,31 +136,45 @@ def check_smoothing(
                     )
 
 
-def check_stream(model_context: Any) -> None:
-    """Refuse to stream a checkpoint that AutoRound would read in two precisions.
+def check_stream(index: Any, dtype: torch.dtype) -> None:
+    """Refuse to stream a checkpoint whose blocks AutoRound would read wrongly.
 
-    On a CPU without bfloat16 instructions AutoRound 0.16 tunes in float32, but reads
-    16-bit blocks from disk as they are, so the first block would crash.
+    AutoRound 0.16 reads blocks from disk as they are: FP8 numbers without their scales,
+    and 16 bits where it tunes in float32, on a CPU without bfloat16 instructions. The
+    first block would crash.
 
     Args:
-        model_context: AutoRound's, of the run.
+        index: AutoRound's, of the files that it streams; None if it streams none.
+        dtype: What AutoRound computes in.
 
     Raises:
         ValueError: The run would crash in its first block.
     """
-    index = model_context._disk_stream_index
-    if index is None or model_context.amp_dtype != torch.float32:
+    if index is None:
         return
-    shard = next(iter(index.weight_map.values()))
-    with safe_open(index.checkpoint_dir / shard, framework="pt") as file:
-        stored = {file.get_slice(name).get_dtype() for name in file.keys()}
-    if stored & {"BF16", "F16"}:
-        raise ValueError(
-            f"model={str(index.checkpoint_dir)!r}: it is stored in 16 bits, and on "
-            "this device AutoRound tunes in float32 and cannot stream it; set "
-            "AR_DISABLE_META_LOAD=1, which loads the whole model, or pass a model in "
-            "memory"
+    stored = _stored_dtypes(index)
+    if stored & {"F8_E4M3", "F8_E5M2"}:
+        reason = "in FP8, and AutoRound streams FP8 numbers without their scales"
+    elif dtype == torch.float32 and stored & {"BF16", "F16"}:
+        reason = (
+            "in 16 bits, and on this device AutoRound tunes in float32 and cannot "
+            "stream it"
         )
+    else:
+        return
+    raise ValueError(
+        f"model={str(index.checkpoint_dir)!r}: it is stored {reason}; set "
+        "AR_DISABLE_META_LOAD=1, which loads the whole model, or pass a model in memory"
+    )
+
+
+def _stored_dtypes(index: Any) -> set[str]:
+    """The dtypes in all files of a checkpoint, by safetensors' names."""
+    stored: set[str] = set()
+    for shard in sorted(set(index.weight_map.values())):
+        with safe_open(index.checkpoint_dir / shard, framework="pt") as file:
+            stored |= {file.get_slice(name).get_dtype() for name in file.keys()}
+    return stored
 
 
 def _modules_around(name: str) -> list[str]:

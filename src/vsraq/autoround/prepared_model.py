@@ -10,13 +10,15 @@ from auto_round import AutoRound
 from auto_round.algorithms.quantization.sign_round.config import SignRoundConfig
 from auto_round.utils.model import get_lm_head_name
 from auto_round.utils.offload import _resolve_model_dir
+from auto_round.utils.weight_handler import ModuleWeightType
 from torch import nn
 
+from vsraq.autoround.checks import check_stream
 from vsraq.autoround.planning import own_fields, scheme_fields
 from vsraq.autoround.unit_damage import MeasuredModel, SchemeFields
 from vsraq.checkpoint import Checkpoint
 
-_WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+_WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class PreparedModel:
         tokenizer: Its tokenizer.
         all_layers: The scheme of each linear layer, by AutoRound's names.
         default: The fields of the run's scheme.
-        widths: Bytes of a number of the tensors that are still on disk, by name.
+        widths: Bytes of a number of those tensors that the export has in another dtype
+            than the model now, by name.
     """
 
     name: str
@@ -51,8 +54,8 @@ class PreparedModel:
         """Let AutoRound prepare a model as for a run.
 
         Raises:
-            ValueError: It has no MoE router, or a layer of a `layer_config` has a
-                `scale_dtype` of its own.
+            ValueError: It has no MoE router, a layer of a `layer_config` has a
+                `scale_dtype` of its own, or AutoRound cannot stream the checkpoint.
             NotImplementedError: Its routers are not in one list of blocks.
         """
         run = AutoRound(
@@ -61,6 +64,8 @@ class PreparedModel:
         run.formats = export_format
         run.post_init()
         module = run.model_context.model
+        context = run.model_context
+        check_stream(context._disk_stream_index, torch.bfloat16)  # rounds in float32
         _refuse_scale_dtypes(run)
         name = getattr(module.config, "_name_or_path", "") or type(module).__name__
         device = torch.device(run.device)
@@ -70,7 +75,8 @@ class PreparedModel:
             run.model_context.tokenizer,
             {n: own_fields(fields) for n, fields in run.layer_config.items()},
             own_fields(dict(run.scheme_context.items())),
-            _widths_on_disk(module, run._offloader.model_dir),
+            _widths_on_disk(module, run._offloader.model_dir)
+            | _widths_of_fp8(module, context.amp_dtype),
         )
 
     @property
@@ -121,6 +127,22 @@ def _refuse_scale_dtypes(run: Any) -> None:
             f"keep for a single layer; allowed is that of all layers, {run.scale_dtype}"
             "; leave it out, or pass scale_dtype for all of them"
         )
+
+
+def _widths_of_fp8(module: nn.Module, dtype: torch.dtype) -> dict[str, int]:
+    """Return the bytes of a number of layers in FP8, once AutoRound has scaled them.
+
+    The export has such a weight in `dtype`, where it is not quantized, and no scale.
+    """
+    widths: dict[str, int] = {}
+    for name, layer in module.named_modules():
+        if getattr(layer, "quantized_weight_type", None) is not ModuleWeightType.FP8:
+            continue
+        own = [*layer.named_parameters(recurse=False)]
+        for key, _ in [*own, *layer.named_buffers(recurse=False)]:
+            if key != "bias":
+                widths[f"{name}.{key}"] = dtype.itemsize if key == "weight" else 0
+    return widths
 
 
 def _widths_on_disk(module: nn.Module, folder: str | None) -> dict[str, int]:
