@@ -63,8 +63,25 @@ def test_no_choice_is_better(scale, damage):
         size, active, actual = totals(units, choose(units, limit, active_limit))
         assert size <= limit  # not by a byte
         assert active_limit is None or active <= active_limit
-        assert actual == pytest.approx(expected, rel=1e-6, abs=1e-6 * damage)
+        assert actual == pytest.approx(expected, rel=1e-5, abs=1e-9 * damage)
     assert found > 20
+
+
+@pytest.mark.parametrize("bad", [1e3, 1e6, 1e9])
+def test_one_bad_offer_does_not_hide_the_others(bad):
+    """Two bits may do a million times what eight bits do."""
+    rng = random.Random(bad)
+    for _ in range(40):
+        units = problem(rng, 10**6, 1.0)
+        spoilt = rng.choice(units)
+        name = min(spoilt, key=lambda n: spoilt[n].size)
+        spoilt[name] = spoilt[name]._replace(damage=bad)
+        least = sum(min(o.size for o in unit.values()) for unit in units)
+        least += sorted(o.size for o in spoilt.values())[1] - spoilt[name].size
+        limit = rng.randint(least, 2 * least)
+        expected = best(units, limit, None)
+        _, _, actual = totals(units, choose(units, limit, None))
+        assert actual == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_byte_counts_in_a_terabyte():

@@ -197,6 +197,20 @@ def test_trials_do_not_touch_each_other():
     assert together[5].kl > max(d.kl for d in together[:5])
 
 
+def test_schemes_of_one_layer_do_not_touch_each_other():
+    """NVFP4 has scales that are fixed beforehand, from the inputs; MXFP8 has none."""
+    found = prepare(tiny.tiny_model("solar_open"), "NVFP4", "llm_compressor")
+    nvfp4, mxfp8 = (
+        trial_of(found, ("self_attn", "experts"), fields_of(name))
+        for name in ("NVFP4", "MXFP8")
+    )
+    for trials in ([nvfp4, mxfp8], [mxfp8, nvfp4]):
+        together = measure_damage(found.model, trials, BATCHES)
+        for trial, damage in zip(trials, together, strict=True):
+            (alone,) = measure_damage(found.model, [trial], BATCHES)
+            assert (damage.kl, damage.routing) == approx(alone)
+
+
 def test_batches_of_several_lengths():
     """Every token counts the same, and a batch of one is a batch."""
     found = prepare(tiny.tiny_model("solar_open"), group_size=32)

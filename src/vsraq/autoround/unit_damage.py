@@ -20,6 +20,7 @@ from typing import Any, Self
 import torch
 from auto_round.algorithms.composer import AlgorithmComposer
 from auto_round.algorithms.quantization.rtn.config import RTNConfig
+from auto_round.compressors.utils import check_need_act_calibration
 from auto_round.data_type.utils import update_block_global_scale_if_needed
 from auto_round.utils import (
     convert_module_to_hp_if_necessary,
@@ -292,8 +293,16 @@ def _activation_ranges(
     block: nn.Module, name: str, trials: Sequence[Trial]
 ) -> Iterator[None]:
     """Collect what activation scales need while the block runs in full precision."""
-    schemes = {n: f for trial in trials for n, f in trial.inside(name).items()}
-    quantized = {n: f for n, f in schemes.items() if (f.get("act_bits") or 16) < 16}
+    quantized: dict[str, SchemeFields] = {}
+    for trial in trials:
+        for layer, fields in trial.inside(name).items():
+            bits = fields.get("act_bits") or 16
+            # of a layer's schemes, the one whose scales are fixed beforehand
+            fixed = check_need_act_calibration(
+                fields.get("act_dynamic"), fields.get("act_data_type"), bits
+            )
+            if fixed or (bits < 16 and layer not in quantized):
+                quantized[layer] = fields
     if not quantized:
         yield
         return

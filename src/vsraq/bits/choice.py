@@ -11,6 +11,8 @@ from typing import NamedTuple
 import numpy
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+_UNIT = 10.0  # times the damage of the best choice; the solver misses 1e-6 of a unit
+
 
 class Offer(NamedTuple):
     """One scheme for one unit.
@@ -84,21 +86,26 @@ def _solve(
 ) -> numpy.ndarray:
     """Return which offers are taken.
 
-    HiGHS works with numbers around 1, so what every choice takes is left out, and it
-    may exceed a limit by a millionth. Then the limit is lowered by what was too much.
+    HiGHS works with numbers around 1, and what is less than a millionth of them may be
+    missed. So what every choice takes is left out; a choice that exceeds a limit lowers
+    the limit by what was too much; and offers that alone do more than a whole choice
+    that was found are dropped, and the rest is solved again in its own unit.
     """
-    damages = numpy.array([offer.damage for offer in offers])
-    damages = damages / (numpy.abs(damages).max() or 1.0)
     slack = 1e-13 * numpy.abs(limits)  # of sums of fractions; far below a byte
     sizes, limits = _beyond_least(one_each, sizes, limits)
+    damages = numpy.array([[offer.damage for offer in offers]])
+    damages = _beyond_least(one_each, damages, numpy.zeros(1))[0][0]
     scales = sizes.max(axis=1, initial=1.0)
     allowed = limits.astype(float)
+    rows = sizes / scales[:, None]
+    most = numpy.inf  # what the best choice does at most
     while True:
-        rows = sizes / scales[:, None]
+        kept = damages <= most
+        unit = damages[kept].max() or 1.0
         result = milp(
-            damages,
+            numpy.where(kept, damages, 0.0) / unit,
             integrality=numpy.ones(len(offers)),
-            bounds=Bounds(0, 1),
+            bounds=Bounds(0, kept.astype(float)),
             constraints=[
                 LinearConstraint(one_each, 1, 1),
                 LinearConstraint(rows, -numpy.inf, allowed / scales),
@@ -115,9 +122,12 @@ def _solve(
             )
         taken: numpy.ndarray = result.x > 0.5
         excess = sizes @ taken - limits
-        if (excess <= slack).all():
+        if (excess > slack).any():
+            allowed = allowed - excess.clip(min=0)
+            continue
+        most = damages @ taken
+        if unit <= _UNIT * most or not most:
             return taken
-        allowed = allowed - excess.clip(min=0)
 
 
 def _beyond_least(
