@@ -80,7 +80,8 @@ def plan_bits(
             the CPU; more would lower `tokens`. None for any; see `PlanningCost`.
         seqlen: Tokens of a sample, where `dataset` is a name.
         seed: Draws the samples, where `dataset` is a name.
-        router_pattern: What names the routers, as in `VSRAQConfig`; None finds them.
+        router_pattern: What names routers that are not found, as in `VSRAQConfig`; all
+            others are found. A plan is about the experts of all layers.
         progress: Whether progress bars are shown.
         **kwargs: Other arguments of `AutoRound` (`tokenizer`, `device_map`,
             `layer_config`, `ignore_layers`, ...), the same as those of the run.
@@ -102,7 +103,14 @@ def plan_bits(
     if options is None:
         options = default_options(scheme, rules, export_format)
     units = find_units(prepared.module, list(layers), prepared.model.routers, rules)
-    check_layers(units, layers, prepared.default, rules, export_format)
+    check_layers(
+        units,
+        layers,
+        prepared.default,
+        rules,
+        export_format,
+        plain=prepared.plain_layers,
+    )
     candidates = find_candidates(
         units, layers, scheme, [o.upper() for o in options], rules, export_format
     )
@@ -200,7 +208,9 @@ def _layer_config(
     schemes = dict(prepared.all_layers)
     for unit in units:
         schemes |= candidates.schemes[unit.name][planned.chosen[unit.name]]
-    outside = prepared.outside(schemes)
+    # without an entry, what the user leaves in 16 bits there might be quantized
+    left = {n for n in prepared.named if schemes.get(n, {}).get("bits", 0) >= 16}
+    outside = [n for n in prepared.outside(schemes) if n not in left]
     return exceptions(units, schemes, prepared.default, engine, outside=outside)
 
 

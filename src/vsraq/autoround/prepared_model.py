@@ -17,6 +17,7 @@ from vsraq.autoround.checks import check_stream
 from vsraq.autoround.planning import own_fields, scheme_fields
 from vsraq.autoround.unit_damage import MeasuredModel, SchemeFields
 from vsraq.checkpoint import Checkpoint
+from vsraq.checkpoint.planned import PlannedLayers
 
 _WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
@@ -31,6 +32,7 @@ class PreparedModel:
         tokenizer: Its tokenizer.
         all_layers: The scheme of each linear layer, by AutoRound's names.
         default: The fields of the run's scheme.
+        named: Layers that the user's `layer_config` has an entry for.
         widths: Bytes of a number of those tensors that the export has in another dtype
             than the model now, by name.
     """
@@ -40,6 +42,7 @@ class PreparedModel:
     tokenizer: Any
     all_layers: Mapping[str, SchemeFields]
     default: SchemeFields
+    named: frozenset[str]
     widths: Mapping[str, int]
 
     @classmethod
@@ -68,6 +71,8 @@ class PreparedModel:
         check_stream(context._disk_stream_index, torch.bfloat16)  # rounds in float32
         _refuse_scale_dtypes(run)
         name = getattr(module.config, "_name_or_path", "") or type(module).__name__
+        given = {key: {"named": True} for key in kwargs.get("layer_config") or {}}
+        entries = PlannedLayers({}, given, run.layer_config)
         device = torch.device(run.device)
         return cls(
             name,
@@ -75,6 +80,7 @@ class PreparedModel:
             run.model_context.tokenizer,
             {n: own_fields(fields) for n, fields in run.layer_config.items()},
             own_fields(dict(run.scheme_context.items())),
+            frozenset(layer for layer in entries if entries[layer]),
             _widths_on_disk(module, run._offloader.model_dir)
             | _widths_of_fp8(module, context.amp_dtype),
         )
@@ -95,13 +101,26 @@ class PreparedModel:
             and self.all_layers.get(name, {}).get("bits", 16) < 16
         }
 
+    @property
+    def plain_layers(self) -> set[str]:
+        """Linear layers of the decoder's blocks that stay in 16 bits."""
+        inside = tuple(f"{block}." for block in self.model.blocks)
+        quantized = self.layers
+        return {
+            name
+            for name, module in self.module.named_modules()
+            if isinstance(module, nn.Linear)
+            and name.startswith(inside)
+            and name not in quantized
+        }
+
     def outside(self, layers: Iterable[str]) -> list[str]:
         """Those of some layers that are not in the decoder's blocks."""
         inside = tuple(f"{block}." for block in self.model.blocks)
         return [name for name in layers if not name.startswith(inside)]
 
     def head_layer(self) -> dict[str, SchemeFields]:
-        """The output projection, in full precision.
+        """The output projection, in full precision or as the user asks for it.
 
         Raises:
             ValueError: It shares its weight with the embedding.
@@ -113,6 +132,9 @@ class PreparedModel:
                 "shares its weight with the embedding, which AutoRound does not "
                 "quantize; allowed is False"
             )
+        own = self.all_layers.get(name, {})
+        if own.get("bits", 16) < 16:
+            return {name: own}
         return {name: {**self.default, **scheme_fields("BF16")}}
 
 

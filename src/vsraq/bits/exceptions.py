@@ -36,7 +36,8 @@ def exceptions(
         default: The scheme of all layers without an entry.
         engine: How it looks exceptions up.
         outside: Layers outside of the decoder's blocks, such as the output projection:
-            an entry must say that they are quantized, and none that they are not.
+            an entry must say that they are quantized, and none that they are not. Not
+            among them are those of 16 bits that need an entry.
 
     Returns:
         Fields that differ from the default, by the name or the pattern of layers.
@@ -91,6 +92,16 @@ def _entries(
     return {n: f for n, f in zip(unit.layers, own, strict=True) if f is not None}
 
 
+def _beside(unit: Unit, layers: Iterable[str]) -> set[str]:
+    """Return those of some layers that engines load as one with a unit's."""
+    if unit.is_experts:
+        inside = tuple(f"{name.removesuffix('.')}." for name in _containers(unit))
+        return {layer for layer in layers if layer.startswith(inside)}
+    around, _, part = unit.layers[0].rpartition(".")
+    fused = next((parts for parts in FUSED.values() if part in parts), ())
+    return set(layers) & {f"{around}.{name}" for name in fused}
+
+
 def _containers(unit: Unit) -> list[str]:
     """Return what names the modules that hold the experts, and nothing beside them.
 
@@ -122,6 +133,8 @@ def check_layers(
     default: Mapping[str, Any],
     engine: Engine,
     export_format: str,
+    *,
+    plain: Collection[str] = (),
 ) -> None:
     """Refuse layers that an engine does not load as they are without a plan.
 
@@ -131,11 +144,19 @@ def check_layers(
         default: The run's scheme.
         engine: The engine.
         export_format: AutoRound's name of the export format.
+        plain: Layers of the decoder's blocks that stay in 16 bits.
 
     Raises:
         ValueError: It does not load one of them.
     """
     for unit in units:
+        beside = sorted(_beside(unit, plain)) if engine.fuses else []
+        if beside:
+            raise ValueError(
+                f"{unit.layers[0]}: {engine.name} loads it as one with {beside[0]}, "
+                "which stays in 16 bits; quantize both or neither (layer_config, "
+                "ignore_layers), or pass another engine"
+            )
         shown = {}
         for layer in unit.layers:
             fields = layers[layer]

@@ -67,7 +67,7 @@ def check_bit_plan(recipe: Recipe, config: Any) -> BitPlan | None:
         run_layer_config(recipe, plan)
         return plan
     plan_choices(recipe)
-    tied = getattr(config.get_text_config(), "tie_word_embeddings", False)
+    tied = getattr(config, "tie_word_embeddings", False)
     if recipe.bit_settings["lm_head"] and tied:
         raise ValueError(
             "bits.lm_head=True: the output projection shares its weight with the "

@@ -30,7 +30,8 @@ class Inspected:
         recipe: The recipe.
         config: The model's transformers config.
         model: The model, on meta.
-        routers: Its routers.
+        routers: Those of its routers that the recipe aligns.
+        all_routers: Its routers.
         layers: The linear layers of its blocks, and its output projection if that is
             quantized; a bit plan is not in their schemes.
         plan: The bit plan, if there is one already.
@@ -40,6 +41,7 @@ class Inspected:
     config: Any
     model: nn.Module
     routers: Sequence[Router]
+    all_routers: Sequence[Router]
     layers: Sequence[Layer]
     plan: BitPlan | None
 
@@ -67,7 +69,7 @@ class Inspected:
     @cached_property
     def blocks(self) -> tuple[str, ...]:
         """Names of the decoder blocks."""
-        return model_blocks(self.model, self.routers)
+        return model_blocks(self.model, self.all_routers)
 
     @cached_property
     def tuned_blocks(self) -> tuple[str, ...]:
@@ -119,7 +121,7 @@ class Inspected:
             return ()
         names = [layer.name for layer in self.block_layers if layer.is_quantized]
         engine = None if settings["engine"] == "none" else settings["engine"]
-        return find_units(self.model, names, self.routers, get_engine(engine))
+        return find_units(self.model, names, self.all_routers, get_engine(engine))
 
     @property
     def choices(self) -> list[str]:
@@ -192,5 +194,6 @@ def inspect(recipe: Recipe) -> Inspected:
             "allowed are mixture-of-experts models, or method: auto_round without bits"
         )
     plan = check_bit_plan(recipe, found)
-    layers = recipe_layers(model, routers, recipe)
-    return Inspected(recipe, found, model, tuple(routers), layers, plan)
+    every = find_routers(model, router_pattern=pattern, others=True)
+    layers = recipe_layers(model, every, recipe)
+    return Inspected(recipe, found, model, routers, every, layers, plan)

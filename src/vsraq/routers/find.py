@@ -25,6 +25,7 @@ def find_routers(
     *,
     router_classes: tuple[type, ...] | None = None,
     router_pattern: str | None = None,
+    others: bool = False,
 ) -> tuple[Router, ...]:
     """Find every MoE router of a model or of one of its blocks.
 
@@ -41,6 +42,8 @@ def find_routers(
         router_pattern: A regular expression for the end of the qualified name of each
             router's linear map, from a dot on ("gate" finds "layers.0.moe.gate"), for
             layouts that are not found, or to align some routers only.
+        others: Whether the routers that a pattern does not name are found beside them,
+            for what concerns the experts of all layers.
 
     Returns:
         The routers in module order; empty for a dense module.
@@ -49,12 +52,12 @@ def find_routers(
         ValueError: A MoE layer's router is ambiguous, its top-k unknown, its layout not
             supported, or the pattern matches something else than a router.
     """
+    places: list[_Place] = []
     if router_pattern is not None:
-        places = list(_matching(module, router_pattern))
-    else:
+        places += _matching(module, router_pattern)
+    if router_pattern is None or others:
         if router_classes is None:
             router_classes = declared_router_classes(module)
-        places = []
         for layout in _LAYOUTS:
             places += layout(module, router_classes, [place.name for place in places])
     learned: Learned = {}
@@ -79,12 +82,13 @@ class _Place(NamedTuple):
 
 
 def _beside_experts(
-    module: nn.Module, classes: tuple[type, ...], _found: list[str]
+    module: nn.Module, classes: tuple[type, ...], found: list[str]
 ) -> Iterator[_Place]:
     """Find routers that stand beside experts of a known layout."""
     for parent_name, parent in module.named_modules():
         num_experts = experts_beside(parent)
-        if num_experts is None:
+        inside = f"{parent_name}." if parent_name else ""
+        if num_experts is None or any(name.startswith(inside) for name in found):
             continue
         name = _router_beside(parent_name, parent, num_experts, classes)
         if name is not None:
