@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`bits` in recipes, and `vsraq plan`: made, kept, found again, or refused."""
 
-import json
 import os
 from dataclasses import replace
 
@@ -151,8 +150,11 @@ def test_bad_arguments_of_the_plan_command(root, tmp_path, capsys, monkeypatch):
     recipe, out = str(root / "recipe.yaml"), ["--out", str(tmp_path / "p.json")]
     for arguments, message in (
         (["--budget", "three"], "bits.budget='three': allowed is a share of"),
-        (["--budget=-99%"], "less than the smallest schemes take"),
-        (["--active-budget", "3"], "bits.active_budget='3': allowed is a share"),
+        (["--budget=-99%"], "budget='-99%': it allows 1,512 bytes, and with the small"),
+        (["--active-budget=-9%"], "active_budget='-9%': it allows"),
+        (["--budget=-2000"], "budget=-2000: it allows 149,168 bytes"),
+        (["--budget=--5"], "bits.budget='--5': allowed is a share"),
+        (["--active-budget", "three"], "bits.active_budget='three': allowed is a"),
         (["--options", "W3A61"], "bits.options=['W3A61']: allowed is a list"),
         (["--options", "W3A16"], "bits: W3A16 is not allowed, because vllm loads int"),
         (["--figure", "plan.pdf"], "figure='plan.pdf': allowed is a name that ends"),
@@ -161,10 +163,12 @@ def test_bad_arguments_of_the_plan_command(root, tmp_path, capsys, monkeypatch):
         ([f"model={root / 'dense'}"], "a llama has no MoE router"),
     ):
         assert message in refused(capsys, main(["plan", recipe, *out, *arguments]))
-    folder = ["--out", str(tmp_path)]
-    assert "a folder; allowed is a file" in refused(
-        capsys, main(["plan", recipe, *folder])
-    )
+    for path, message in (
+        (str(tmp_path), "a folder; allowed is a file"),
+        (".", "--out='.': a folder; allowed is a file"),
+        (str(tmp_path / "plan.png"), "the figure has that name; allowed are two names"),
+    ):
+        assert message in refused(capsys, main(["plan", recipe, "--out", path]))
     assert main(["plan", "--check-only", recipe, *out]) == 0
     assert not (tmp_path / "p.json").exists()
     monkeypatch.setattr("vsraq.bits.figure.find_spec", lambda _: None)
@@ -189,7 +193,8 @@ def test_bad_arguments_of_the_plan_command(root, tmp_path, capsys, monkeypatch):
         ({"budget": True}, r"bits.budget=True: allowed is a share"),
         ({"budget": "nan%"}, r"bits.budget='nan%': allowed is a share"),
         ({"active_budget": None}, r"bits.active_budget: no value; leave it out"),
-        ({"active_budget": 5}, r"bits.active_budget=5: allowed is a share"),
+        ({"active_budget": 0.5}, r"bits.active_budget=0.5: allowed is a share"),
+        ({"budget": 10**400}, r"bits.budget=1000.*: allowed is a share"),
         ({"engine": "vlm"}, r"bits.engine='vlm': allowed is one of vllm, sglang, tran"),
         ({"engine": None}, r"bits.engine=None: allowed is one of"),
         ({"metric": "kld"}, r"bits.metric='kld': allowed is kl, routing, or a mapping"),
@@ -236,8 +241,8 @@ def test_a_resolved_recipe_has_the_same_bits(bits):
 
 def test_refused_before_a_weight_is_loaded(root, tmp_path, capsys):
     plan = root / "plan.json"
-    other = json.loads(plan.read_text()) | {"config_digest": "sha256:0"}
-    (tmp_path / "other.json").write_text(json.dumps(other))
+    replace(BitPlan.load(plan), config_digest="sha256:0").save(tmp_path / "other.json")
+    replace(BitPlan.load(plan), settings={}).save(tmp_path / "bare.json")
     (tmp_path / "broken.json").write_text("{}")
     layers = "runtime.layer_config="
     for overrides, message in (
@@ -248,6 +253,22 @@ def test_refused_before_a_weight_is_loaded(root, tmp_path, capsys):
         (
             [f"bits={plan}", "algorithm.group_size=64"],
             "made for group_size=32",
+        ),
+        (
+            [f"bits={plan}", "algorithm.act_bits=8"],
+            "made for act_bits=None, the recipe has 8",
+        ),
+        (
+            [f"bits={tmp_path / 'bare.json'}", "algorithm.act_bits=8"],
+            "made for act_bits=16, the recipe has 8",
+        ),
+        (
+            [f"bits={tmp_path / 'bare.json'}", "runtime.quant_lm_head=true"],
+            "made for quant_lm_head=None, the recipe has True",
+        ),
+        (
+            [f"bits={plan}", "runtime.to_quant_block_names=model.layers.0"],
+            "made for to_quant_block_names=None, the recipe has 'model.layers.0'",
         ),
         (
             [f"bits={plan}", "format=auto_round,auto_awq"],
@@ -305,9 +326,9 @@ def test_entries_that_a_plan_agrees_with_or_does_not_have(root):
 
 
 def test_the_estimate_is_the_plans(root, tmp_path, capsys):
-    content = json.loads((root / "plan.json").read_text())
-    content["planned"]["bytes"] = 12_000_000
-    (tmp_path / "plan.json").write_text(json.dumps(content))
+    plan = BitPlan.load(root / "plan.json")
+    larger = replace(plan, planned=replace(plan.planned, bytes=12_000_000))
+    larger.save(tmp_path / "plan.json")
     assert check_only(root, f"bits={tmp_path / 'plan.json'}") == 0
     assert "export about 0.012 GB" in capsys.readouterr().out
     assert check_only(root, "bits.budget=8000000") == 0
@@ -320,6 +341,20 @@ def test_a_kept_plan_of_other_settings_is_not_used(root, tmp_path, vsraq_log):
     kept = replace(plan, settings=recipe_bits.plan_settings(recipe))
     kept.save(plan_path(recipe))
     assert recipe_bits.bit_plan(recipe) == kept
-    other = load_recipe(root / "recipe.yaml", [f"output={tmp_path}", "bits.tokens=65"])
-    assert recipe_bits._kept(other, warn=True) is None
-    assert "was made with another bits: a plan is made anew" in vsraq_log[-1]
+    text = tmp_path / "text.jsonl"
+    for override, name in (
+        ("bits.tokens=65", "bits"),
+        ("runtime.model_dtype=float32", "runtime"),
+        ("calibration.nsamples=5", "calibration"),
+    ):
+        given = [f"output={tmp_path}", *FAST, override]
+        other = load_recipe(root / "recipe.yaml", given)
+        assert recipe_bits._kept(other, warn=True) is None
+        assert f"made with another {name}: a plan is made anew" in vsraq_log[-1]
+    given = [f"output={tmp_path}", *FAST, f"calibration.dataset={text}"]
+    recipe = load_recipe(root / "recipe.yaml", given)
+    tiny.save_text(text)
+    replace(plan, settings=recipe_bits.plan_settings(recipe)).save(plan_path(recipe))
+    assert recipe_bits._kept(recipe) is not None
+    tiny.save_text(text, samples=17)
+    assert recipe_bits._kept(recipe) is None

@@ -206,6 +206,39 @@ def test_a_plan_is_read_as_it_was_written(planned, tmp_path):
     assert BitPlan.load(tmp_path / "plan.json") == plan
 
 
+def edited(path, edit):
+    content = json.loads(path.read_text())
+    edit(content)
+    return json.dumps(content, indent=1).encode()
+
+
+CHANGES = {
+    "another choice": lambda c: c["units"][0].update(chosen="W3A16"),
+    "no candidate": lambda c: c["units"][0].update(candidates={}),
+    "no entries": lambda c: c.update(layer_config=None),
+    "no damage": lambda c: c["units"][0]["candidates"]["W4A16"].update(kl=None),
+    "no units": lambda c: c.update(units=[]),
+    "no engine": lambda c: c.update(engine="vlm"),
+    "no digest": lambda c: c.pop("digest"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_plan_that_was_changed_is_refused(planned, tmp_path, change):
+    path = tmp_path / "plan.json"
+    planned[0].save(path)
+    path.write_bytes(edited(path, CHANGES[change]))
+    with pytest.raises(ValueError, match=r"plan.json': no bit plan \("):
+        BitPlan.load(path)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 10**5, b"", b"[]", b"3"])
+def test_what_is_no_plan_is_refused(tmp_path, content):
+    (tmp_path / "plan.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"plan.json': no bit plan \("):
+        BitPlan.load(tmp_path / "plan.json")
+
+
 @pytest.mark.parametrize(
     ("engine", "export_format"), [(None, "auto_round"), ("vllm", "llm_compressor")]
 )

@@ -58,6 +58,8 @@ W4 = scheme_fields("W4A16")
         ("transformers", scheme_fields("MXFP8"), "auto_round", ""),
         (None, scheme_fields("W2A16"), "auto_gptq", ""),
         (None, scheme_fields("FP8_STATIC"), "auto_round", "fp weights of none bits"),
+        (None, scheme_fields("MXINT4"), "auto_round", "mx_int weights of none bits"),
+        ("vllm", scheme_fields("INT8_W8A8"), "llm_compressor", "8 bits was not read"),
     ],
 )
 def test_what_an_engine_loads(engine, fields, export_format, reason):
@@ -110,6 +112,7 @@ def test_default_options_are_what_engines_load():
     assert options("vllm") == options("sglang") == ["W8A16"]
     assert options(None, export_format="auto_gptq") == ["W2A16", "W3A16", "W8A16"]
     assert options("vllm", "MXFP4") == ["MXFP8", "BF16"]
+    assert options("vllm", "W4A16G32") == ["W8A16G32"]
     for engine, form in ((None, "auto_round"), ("vllm", "llm_compressor")):
         assert options(engine, "NVFP4", form) == ["MXFP8", "BF16"]
 
@@ -128,6 +131,25 @@ def test_three_bits_are_refused():
     rules = get_engine(None)
     with pytest.raises(ValueError, match=r"no unit may have W2A16; .* routed experts"):
         find_candidates([dense], layers, "W4A16", ["W2A16"], rules, "auto_round")
+
+
+def test_the_groups_of_an_option():
+    """Those of the layer, if the option's name has none; else those of the name."""
+    dense = Unit("a.o_proj", ("a.o_proj",))
+    own = {"a.o_proj": W4 | {"group_size": 32}}
+
+    def groups(*names):
+        found = find_candidates(
+            [dense], own, "W4A16", names, get_engine(None), "auto_round"
+        )
+        schemes = found.schemes["a.o_proj"].items()
+        return {name: fields["a.o_proj"]["group_size"] for name, fields in schemes}
+
+    assert groups("W8A16", "W4A16G64") == {"W4A16": 32, "W8A16": 32, "W4A16G64": 64}
+    with pytest.raises(ValueError, match=r"W4A16G32; .* have already"):
+        groups("W4A16G32")
+    inputs = groups("INT8_W8A8")
+    assert inputs == {"W4A16": 32, "INT8_W8A8": -1}
 
 
 def test_a_layer_of_the_users_is_named_by_its_own_scheme():

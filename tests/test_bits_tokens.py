@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tokens that a plan is measured with."""
 
+import json
+import string
+
 import pytest
 import torch
 
@@ -10,8 +13,9 @@ from vsraq.autoround.planning_tokens import token_batches
 IDS = tiny.calibration(samples=6)
 
 
-def batches(dataset, tokens=10**6, seqlen=32, seed=42):
-    return token_batches(dataset, tiny.tiny_tokenizer(), tokens, seqlen, seed)
+def batches(dataset, tokens=10**6, seqlen=32, seed=42, nsamples=None):
+    tokenizer = tiny.tiny_tokenizer()
+    return token_batches(dataset, tokenizer, tokens, seqlen, seed, nsamples)
 
 
 def rows(found):
@@ -61,6 +65,10 @@ def test_texts():
     ]
 
 
+def test_texts_of_a_file():
+    assert rows(batches([{"text": "abc"}])) == rows(batches(["abc"]))
+
+
 def test_padding_is_left_out():
     mask = torch.ones(2, 8, dtype=torch.long)
     mask[1, 5:] = 0
@@ -93,6 +101,30 @@ def test_a_file(tmp_path):
     assert not torch.equal(found[0], other[0])
 
 
+def test_samples_lie_evenly_among_those_of_a_run(tmp_path):
+    text_file = tiny.save_text(tmp_path / "text.jsonl", samples=12)
+    every = rows(batches(text_file, nsamples=12))
+    assert len(every) == 12
+    assert rows(batches(text_file, tokens=100, nsamples=12)) == every[::4]
+    assert rows(batches(text_file, tokens=1, nsamples=12)) == every[:1]
+    # fewer than asked for
+    assert len(rows(batches(text_file, tokens=10**6, nsamples=12))) == 12
+
+
+def test_every_part_of_a_mixture_is_measured_with(tmp_path):
+    """Samples are cut, so that there are several."""
+    parts = []
+    for letter in "abc":
+        path = tmp_path / f"{letter}.jsonl"
+        text = letter + string.printable[:90] * 7
+        path.write_text((json.dumps({"text": text}) + "\n") * 10)
+        parts.append(f"{path}:num=10")
+    found = batches(",".join(parts), tokens=4096, seqlen=600, nsamples=30)
+    assert [tuple(batch.shape) for batch in found] == [(8, 512)]
+    tokenizer = tiny.tiny_tokenizer()
+    assert {row[0] for row in rows(found)} == set(tokenizer("abc")["input_ids"])
+
+
 @pytest.mark.parametrize(
     ("dataset", "options", "message"),
     [
@@ -101,6 +133,7 @@ def test_a_file(tmp_path):
         (["", []], {}, "it has no sample"),
         (IDS, {"tokens": 0}, "tokens=0, seqlen=32: allowed are tokens >= 1"),
         (IDS, {"seqlen": 1}, "seqlen=1: allowed are tokens >= 1, seqlen >= 2"),
+        ([{"txt": "a"}], {}, r"the keys \['txt'\]; allowed are input_ids, or text"),
         (IDS[0][0], {}, r"a sample has the shape \(\) .* allowed are token ids"),
         ([torch.rand(2, 8)], {}, r"shape \(2, 8\) and the type torch.float32"),
         ([torch.ones(1, 2, 3).long()], {}, r"a sample has the shape \(1, 2, 3\)"),

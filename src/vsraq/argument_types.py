@@ -2,6 +2,7 @@
 """What words of a command line may be."""
 
 import argparse
+import re
 
 
 def positive(text: str) -> int:
@@ -18,3 +19,8 @@ def named_path(text: str) -> tuple[str, str]:
     if not (name and separator and path):
         raise argparse.ArgumentTypeError(f"{text!r}: allowed is NAME=PATH")
     return name, path
+
+
+def budget(text: str) -> str | int:
+    """Read a budget: a number of bytes, or a share of them as it is."""
+    return int(text) if re.fullmatch(r"[+-]?[0-9]+", text) else text

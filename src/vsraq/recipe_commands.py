@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vsraq.argument_types import positive
+from vsraq.argument_types import budget, positive
 
 
 def add_recipe_commands(commands: Any) -> list[argparse.ArgumentParser]:
@@ -76,11 +76,14 @@ def _add_plan_options(plan: argparse.ArgumentParser) -> None:
     )
     plan.add_argument(
         "--budget",
+        type=budget,
         help="bytes more than with one scheme: 3%%, --budget=-1%%, or a number "
         "(default: 0%%)",
     )
     plan.add_argument(
-        "--active-budget", help="the same for what a token reads (default: any)"
+        "--active-budget",
+        type=budget,
+        help="the same for what a token reads (default: any)",
     )
     plan.add_argument(
         "--engine",
@@ -147,18 +150,21 @@ def run_plan(arguments: argparse.Namespace) -> int:
     from vsraq.bits.figure import check_figure
     from vsraq.recipe import check_file, load_recipe, make_plan, with_bits
 
+    check_file(arguments.out, "--out")
     figure = arguments.figure
     if figure is not None:
         check_figure(figure)
     elif find_spec("matplotlib") is not None:
         figure = arguments.out.with_suffix(".png")
-    for name, path in (("--out", arguments.out), ("--figure", figure)):
-        if path is not None:
-            check_file(path, name)
+    if figure is not None:
+        check_file(figure, "--figure")
+        if figure.absolute() == arguments.out.absolute():
+            raise ValueError(
+                f"--out={str(arguments.out)!r}: the figure has that name; allowed are "
+                "two names, such as --out plan.json"
+            )
     names = ("budget", "active_budget", "engine", "metric", "options", "tokens")
     given = {n: getattr(arguments, n) for n in (*names, "lm_head")}
-    if str(given["budget"] or "").lstrip("+-").isdecimal():
-        given["budget"] = int(given["budget"])
     recipe = with_bits(
         load_recipe(arguments.config, arguments.overrides),
         {n: v for n, v in given.items() if v is not None},

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bytes of whole exports, and what a budget leaves for the units."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from vsraq.autoround.planning import Candidates, Sizes
 from vsraq.autoround.prepared_model import PreparedModel
+from vsraq.bits.budget import budget_bytes
 from vsraq.bits.damage import Damage
 from vsraq.bits.plan import Cost
 from vsraq.bits.sizes import plain_bytes, unit_bytes
@@ -83,7 +83,7 @@ class ExportSizes:
         sizes = self.bytes(choice), self.active(choice)
         return Cost(*sizes, damage.kl, damage.routing)
 
-    def within(self, budget: str | int, active_budget: str | None) -> Sizes:
+    def within(self, budget: str | int, active_budget: str | int | None) -> Sizes:
         """Return what the units may take.
 
         Args:
@@ -91,32 +91,40 @@ class ExportSizes:
             active_budget: The same for the bytes that a token reads; None for any.
 
         Raises:
-            ValueError: A budget is neither.
+            ValueError: A budget is neither, or less than the smallest schemes take.
         """
-        limit = _allowed("budget", budget, self.bytes(self.base)) - self.plain
+        least: dict[str, int] = {}
+        for (unit, _), size in self.bytes_of.items():
+            least[unit] = min(size, least.get(unit, size))
+        limit = _limit(
+            ("budget", budget), self.bytes(self.base), self.plain, sum(least.values())
+        )
         if active_budget is None:
             return Sizes(self.bytes_of, limit)
-        active = _allowed("active_budget", active_budget, self.active(self.base))
-        return Sizes(self.bytes_of, limit, active - self.plain_active)
+        active = _limit(
+            ("active_budget", active_budget),
+            self.active(self.base),
+            self.plain_active,
+            sum(least[unit.name] * unit.read for unit in self.units),
+        )
+        return Sizes(self.bytes_of, limit, active)
 
 
-def _allowed(name: str, budget: str | int, uniform: float) -> float:
-    """Return the bytes that a budget allows."""
-    if isinstance(budget, int) and not isinstance(budget, bool):
-        return uniform + budget
-    text = str(budget).strip()
-    try:
-        if not text.endswith("%"):
-            raise ValueError
-        share = float(text[:-1])
-        if not math.isfinite(share):
-            raise ValueError
-        return uniform * (1 + share / 100)
-    except ValueError:
+def _limit(
+    given: tuple[str, str | int], uniform: float, plain: int, smallest: float
+) -> float:
+    """Return what a budget leaves for the units."""
+    name, budget = given
+    allowed = budget_bytes(name, budget, uniform)
+    if allowed < plain + smallest:
+        beyond = 100 * ((plain + smallest) / uniform - 1)
         raise ValueError(
-            f"{name}={budget!r}: allowed is a share of the uniform export, such as "
-            '"3%" or "-1%", or a number of bytes'
-        ) from None
+            f"{name}={budget!r}: it allows {allowed:,.0f} bytes, and with the smallest "
+            f"schemes there are {plain + smallest:,.0f} ({beyond:+.2f} % beyond the "
+            "uniform export's); allowed is that or more, or add a smaller scheme to "
+            "options"
+        )
+    return allowed - plain
 
 
 def _embedding_bytes(model: nn.Module) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 from vsraq import stamp
 from vsraq.autoround.export_sizes import ExportSizes
 from vsraq.autoround.planning import (
+    GROUPED,
     Candidates,
     Planned,
     find_candidates,
@@ -38,13 +39,14 @@ def plan_bits(
     *,
     options: Sequence[str] | None = None,
     budget: str | int = "0%",
-    active_budget: str | None = None,
+    active_budget: str | int | None = None,
     metric: str | Mapping[str, float] = "kl",
     engine: str | None = None,
     export_format: str = "auto_round",
     lm_head: bool = False,
     tokens: int = 4096,
     state_memory: int | None = None,
+    nsamples: int = 128,
     seqlen: int = 2048,
     seed: int = 42,
     router_pattern: str | None = None,
@@ -70,7 +72,7 @@ def plan_bits(
             `default_options` names.
         budget: Bytes beyond the uniform export's: "3%" of it, or a number of bytes.
             "0%" raises some layers and lowers others.
-        active_budget: A share of the bytes that one token reads, as "3%"; None for any.
+        active_budget: The same for the bytes that one token reads; None for any.
         metric: "kl", "routing", or weights of both, such as {"kl": 1, "routing": 1}.
         engine: What has to load the export: "vllm", "sglang", "transformers", or None.
         export_format: AutoRound's name of the export format.
@@ -78,6 +80,8 @@ def plan_bits(
         tokens: How many tokens are measured with.
         state_memory: The most bytes that the hidden states of all streams may take on
             the CPU; more would lower `tokens`. None for any; see `PlanningCost`.
+        nsamples: How many samples the run draws, where `dataset` is a name; a plan is
+            measured with the first tokens of some that lie evenly among them.
         seqlen: Tokens of a sample, where `dataset` is a name.
         seed: Draws the samples, where `dataset` is a name.
         router_pattern: What names routers that are not found, as in `VSRAQConfig`; all
@@ -95,24 +99,17 @@ def plan_bits(
     """
     weights = _metric(metric)
     rules = get_engine(engine)
+    if "," in export_format:
+        raise ValueError(
+            f"export_format={export_format!r}: allowed is one; for several, pass one "
+            "of them, and the `options` that all of them hold"
+        )
     scheme = scheme.upper()
     for name in (scheme, *(options or ())):
         scheme_fields(name)  # refuses it before the model is prepared
     prepared = PreparedModel.of(model, scheme, export_format, kwargs, router_pattern)
-    layers = prepared.layers | (prepared.head_layer() if lm_head else {})
-    if options is None:
-        options = default_options(scheme, rules, export_format)
-    units = find_units(prepared.module, list(layers), prepared.model.routers, rules)
-    check_layers(
-        units,
-        layers,
-        prepared.default,
-        rules,
-        export_format,
-        plain=prepared.plain_layers,
-    )
-    candidates = find_candidates(
-        units, layers, scheme, [o.upper() for o in options], rules, export_format
+    units, candidates = _find_units(
+        prepared, scheme, options, rules, export_format, lm_head=lm_head
     )
     sizes = ExportSizes.of(prepared, units, candidates, export_format)
     allowed = sizes.within(budget, active_budget)
@@ -121,7 +118,9 @@ def plan_bits(
         # samples that are given may have any length
         cost = cost.within(state_memory, seqlen if isinstance(dataset, str) else 1)
     logger.info("vsraq: measuring %d units: %s", len(units), cost)
-    batches = token_batches(dataset, prepared.tokenizer, cost.tokens, seqlen, seed)
+    batches = token_batches(
+        dataset, prepared.tokenizer, cost.tokens, seqlen, seed, nsamples
+    )
     if state_memory is not None:
         _refuse_long_samples(batches, cost.tokens, state_memory)
     planned = make_plan(
@@ -134,7 +133,7 @@ def plan_bits(
         export_format=export_format,
         engine=engine,
         budget=str(budget),
-        active_budget=active_budget,
+        active_budget=None if active_budget is None else str(active_budget),
         metric=metric if isinstance(metric, str) else str(dict(metric)),
         tokens=sum(ids.numel() for ids in batches),
         units=_planned_units(units, candidates, planned, sizes.bytes_of),
@@ -147,6 +146,26 @@ def plan_bits(
     )
     _warn_of_prediction(plan)
     return plan
+
+
+def _find_units(
+    prepared: PreparedModel,
+    scheme: str,
+    options: Sequence[str] | None,
+    engine: Engine,
+    export_format: str,
+    *,
+    lm_head: bool,
+) -> tuple[tuple[Unit, ...], Candidates]:
+    """Find the units of a model, and the schemes that they may have."""
+    layers = prepared.layers | (prepared.head_layer() if lm_head else {})
+    if options is None:
+        options = default_options(scheme, engine, export_format)
+    units = find_units(prepared.module, list(layers), prepared.model.routers, engine)
+    plain = prepared.plain_layers
+    check_layers(units, layers, prepared.default, engine, export_format, plain=plain)
+    names = [option.upper() for option in options]
+    return units, find_candidates(units, layers, scheme, names, engine, export_format)
 
 
 def _refuse_long_samples(
@@ -181,13 +200,14 @@ def current_versions() -> dict[str, str]:
 def default_options(scheme: str, engine: Engine, export_format: str) -> list[str]:
     """Name the schemes that a plan chooses from if nobody says which.
 
-    For integers: those of 2 to 8 bits with the same groups. For others: MXFP8 and 16
-    bits. Those that the engine does not load, or the format does not hold, are left
-    out.
+    For integers: those of 2 to 8 bits with the groups of the scheme. For others: MXFP8
+    and 16 bits. Those that the engine does not load, or the format does not hold, are
+    left out.
     """
     default = scheme_fields(scheme)
     if default["data_type"] == "int":
-        names = [f"W{bits}A16" for bits in (2, 3, 4, 5, 6, 8)]
+        group = scheme.partition("A16")[2] if GROUPED.search(scheme) else ""
+        names = [f"W{bits}A16{group}" for bits in (2, 3, 4, 5, 6, 8)]
     else:
         names = ["MXFP8", "BF16"]
     return [
@@ -233,11 +253,16 @@ def _planned_units(
 
 
 def _metric(metric: str | Mapping[str, float]) -> dict[str, float]:
-    weights = {metric: 1.0} if isinstance(metric, str) else dict(metric)
-    wrong = [n for n, w in weights.items() if n not in _METRICS or not w >= 0]
+    given = {metric: 1.0} if isinstance(metric, str) else metric
+    weights = dict(given) if isinstance(given, Mapping) else {}
+    wrong = [n for n, w in weights.items() if n not in _METRICS or not _is_weight(w)]
     if wrong or not any(weights.values()):
         raise ValueError(
             f"metric={metric!r}: allowed are {', '.join(_METRICS)}, or a mapping of "
             "these to weights >= 0, not all of them 0"
         )
     return weights
+
+
+def _is_weight(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value < float("inf")

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure the units of a model, and choose their schemes."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,13 @@ from vsraq.autoround.unit_damage import (
     Trial,
     measure_damage,
 )
-from vsraq.bits.allocation import MORE_ROUTING, Metric, Priced, allocate
+from vsraq.bits.allocation import (
+    MORE_ROUTING,
+    Metric,
+    Priced,
+    allocate,
+    check_limits,
+)
 from vsraq.bits.damage import Damage, DamageModel
 from vsraq.bits.engines import Engine, why_not_held
 from vsraq.bits.units import Unit
@@ -27,6 +34,7 @@ from vsraq.strict import did_you_mean
 
 # on other tokens of the same text, the damage of a plan differs by about as much
 _SAME = 0.02
+GROUPED = re.compile(r"G\d+$")  # the name of a scheme that has a group size
 OWN = "own"  # a scheme from the user's layer_config that has no name
 _NAMES = tuple(QuantizationScheme.get_attributes())
 _UNQUANTIZED = {
@@ -63,7 +71,7 @@ def find_candidates(
 
     Routed experts may have any fewer bits, since few tokens read their weights, all
     other layers one bit fewer than the scheme. A layer with a group size of its own
-    keeps it.
+    keeps it, unless the name of a scheme has one (W4A16G64).
 
     Args:
         units: The units.
@@ -95,9 +103,10 @@ def find_candidates(
             fields = scheme_fields(name)
             if fields["bits"] < default["bits"] - _fewer(unit, bits):
                 continue
-            offered.setdefault(
-                name, {n: _with(own[n], fields, default) for n in unit.layers}
-            )
+            grouped = GROUPED.search(name) is not None
+            offer = {n: _with(own[n], fields, default, grouped) for n in unit.layers}
+            if offer != own:
+                offered.setdefault(name, offer)
         schemes[unit.name] = offered
     unused = [
         n for n in options if not any(n in offered for offered in schemes.values())
@@ -105,7 +114,8 @@ def find_candidates(
     if unused:
         raise ValueError(
             f"options={tuple(options)}: no unit may have {', '.join(unused)}; allowed "
-            f"are {default['bits'] - 1} bits or more, and fewer for routed experts"
+            f"are {default['bits'] - 1} bits or more, fewer for routed experts, and "
+            "nothing that all layers have already"
         )
     return Candidates(base, schemes)
 
@@ -172,14 +182,16 @@ def own_fields(layer_config: Mapping[str, Any]) -> SchemeFields:
 
 
 def _with(
-    own: SchemeFields, fields: SchemeFields, default: SchemeFields
+    own: SchemeFields, fields: SchemeFields, default: SchemeFields, grouped: bool
 ) -> SchemeFields:
-    """Return a layer's fields with another scheme."""
+    """Return a layer's fields with another scheme, whose name may have a group size."""
     if fields["bits"] >= 16:
         return dict(_UNQUANTIZED)
     merged = {**own, **fields}
     same_type = own.get("data_type") in (fields["data_type"], "float")
-    if same_type and own["group_size"] != default["group_size"]:
+    weights_only = (fields.get("act_bits") or 16) >= 16
+    keeps = weights_only and not grouped
+    if same_type and keeps and own["group_size"] != default["group_size"]:
         merged["group_size"] = own["group_size"]
     if same_type and fields["bits"] < 8:  # AutoRound's formats hold 8 bits symmetric
         merged["sym"] = own["sym"]
@@ -199,6 +211,11 @@ class Sizes:
     of: Mapping[tuple[str, str], float]
     limit: float
     active_limit: float | None = None
+
+    @property
+    def limits(self) -> tuple[float, float | None]:
+        """Both limits."""
+        return self.limit, self.active_limit
 
 
 @dataclass(frozen=True)
@@ -260,9 +277,11 @@ def make_plan(
         progress: Whether progress bars are shown.
 
     Raises:
-        ValueError: The smallest schemes are over the limit.
+        ValueError: No choice is within the limits; before anything is measured.
         NotImplementedError: Blocks that run alone do not give what the model gives.
     """
+    nothing = dict.fromkeys(sizes.of, Damage(0.0, 0.0))
+    check_limits(_priced(units, candidates, sizes, nothing), *sizes.limits)
     if measured is None:
         measured = measure_units(model, units, candidates, batches, progress=progress)
     choices: list[dict[str, str]] = []
@@ -326,22 +345,31 @@ def choose(
 
     Arguments and errors are those of `make_plan`.
     """
-    priced = [
+    priced = _priced(units, candidates, sizes, measured.damages)
+    weights = _weights(metric, measured.uniform)
+    base = [candidates.base[unit.name] for unit in units]
+    chosen = allocate(priced, base, measured.adding, weights, *sizes.limits)
+    return {unit.name: name for unit, name in zip(units, chosen, strict=True)}
+
+
+def _priced(
+    units: Sequence[Unit],
+    candidates: Candidates,
+    sizes: Sizes,
+    damages: Mapping[tuple[str, str], Damage],
+) -> list[dict[str, Priced]]:
+    """Return what each unit's schemes take and do."""
+    return [
         {
             name: Priced(
                 sizes.of[unit.name, name],
                 sizes.of[unit.name, name] * unit.read,
-                measured.damages[unit.name, name],
+                damages[unit.name, name],
             )
             for name in candidates.schemes[unit.name]
         }
         for unit in units
     ]
-    weights = _weights(metric, measured.uniform)
-    base = [candidates.base[unit.name] for unit in units]
-    limits = sizes.limit, sizes.active_limit
-    chosen = allocate(priced, base, measured.adding, weights, *limits)
-    return {unit.name: name for unit, name in zip(units, chosen, strict=True)}
 
 
 def _weights(metric: Mapping[str, float], uniform: Damage) -> Metric:

@@ -9,10 +9,16 @@ from auto_round.calib_dataset import get_dataloader
 from torch import Tensor
 
 _BATCH_TOKENS = 4096
+_LENGTH = 512  # of a sample, where many are there
 
 
 def token_batches(
-    dataset: Any, tokenizer: Any, tokens: int, seqlen: int, seed: int
+    dataset: Any,
+    tokenizer: Any,
+    tokens: int,
+    seqlen: int,
+    seed: int,
+    nsamples: int | None = None,
 ) -> list[Tensor]:
     """Return token ids to measure with: batches of samples of one length.
 
@@ -24,6 +30,10 @@ def token_batches(
         tokens: How many tokens at most; one sample at least.
         seqlen: Tokens of a sample, where `dataset` is a name.
         seed: Draws the samples, where `dataset` is a name.
+        nsamples: How many samples a run draws, where `dataset` is a name. As many are
+            drawn here, and those to measure with lie evenly among them and are cut to
+            512 tokens, or to more if they are few: so every part of a mixture is
+            there. None draws as many as `tokens` are, and cuts none.
 
     Raises:
         ValueError: There is no sample, or one that is no token ids.
@@ -33,8 +43,10 @@ def token_batches(
             f"tokens={tokens}, seqlen={seqlen}: allowed are tokens >= 1, seqlen >= 2"
         )
     if isinstance(dataset, str):
-        count = -(-tokens // seqlen)
+        count = -(-tokens // seqlen) if nsamples is None else nsamples
         dataset = get_dataloader(tokenizer, seqlen, dataset, seed, 1, count)
+        if nsamples is not None:
+            dataset = _spread(list(_rows(dataset, tokenizer)), tokens, seqlen)
     by_length: dict[int, list[Tensor]] = {}
     left = tokens
     for sample in _rows(dataset, tokenizer):
@@ -52,12 +64,27 @@ def token_batches(
     ]
 
 
+def _spread(rows: list[Tensor], tokens: int, seqlen: int) -> list[Tensor]:
+    """Return the beginnings of samples that lie evenly among those given."""
+    length = min(seqlen, max(_LENGTH, tokens // max(len(rows), 1)))
+    count = min(len(rows), max(1, tokens // length))
+    picked = (rows[index * len(rows) // count] for index in range(count))
+    return [row[:, :length] for row in picked]
+
+
 def _rows(dataset: Iterable[Any], tokenizer: Any) -> Iterator[Tensor]:
     """Yield samples as (1, S), without padding."""
     for sample in dataset:
         if sample is None:  # AutoRound's loader drops samples that repeat a token
             continue
         mask = None
+        if isinstance(sample, Mapping) and "input_ids" not in sample:
+            if "text" not in sample:
+                raise ValueError(
+                    f"dataset: a sample has the keys {sorted(map(str, sample))}; "
+                    "allowed are input_ids, or text"
+                )
+            sample = sample["text"]
         if isinstance(sample, str):
             sample = tokenizer(sample)
         if isinstance(sample, Mapping):

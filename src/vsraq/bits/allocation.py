@@ -99,6 +99,23 @@ def allocate(
     return min(found, key=predicted)
 
 
+def check_limits(
+    units: Sequence[Mapping[str, Priced]],
+    limit: float,
+    active_limit: float | None = None,
+) -> None:
+    """Refuse limits that no choice keeps; arguments are those of `allocate`.
+
+    Raises:
+        ValueError: No choice is within the limits.
+    """
+    offers = [
+        {name: Offer(p.size, p.active, 0.0) for name, p in unit.items()}
+        for unit in units
+    ]
+    choose(offers, limit, active_limit)
+
+
 def _offers(
     units: Sequence[Mapping[str, Priced]],
     model: DamageModel,

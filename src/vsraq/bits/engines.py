@@ -108,6 +108,9 @@ class Engine:
         return self._why_not_int(fields, export_format) if family == "int" else ""
 
     def _why_not_int(self, fields: Mapping[str, Any], export_format: str) -> str:
+        inputs = fields.get("act_bits") or 16
+        if self.version and inputs < 16:
+            return f"what {self.name} does with inputs of {inputs} bits was not read"
         group = fields.get("group_size")
         if self.int_groups and group not in self.int_groups:
             known = ", ".join(map(str, sorted(self.int_groups)))
@@ -120,7 +123,8 @@ class Engine:
 
 def _family(data_type: str) -> str:
     """Return the kind of a data type: int, mx_fp, nv_fp, or what it says."""
-    return next((f for f in ("mx_fp", "nv_fp", "int") if f in data_type), data_type)
+    kinds = ("mx_fp", "nv_fp", "mx_int", "int")
+    return next((f for f in kinds if f in data_type), data_type)
 
 
 _ALL_BITS = frozenset(range(2, 9))

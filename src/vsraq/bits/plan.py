@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A bit plan: which scheme each unit of a model gets, and what that costs."""
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -155,6 +156,7 @@ class BitPlan:
             path: The file; its folder must exist.
         """
         content = {"format": PLAN_FORMAT} | asdict(self)
+        content["digest"] = _digest(content)
         write_whole(Path(path), json.dumps(content, indent=1) + "\n")
 
     @classmethod
@@ -166,18 +168,28 @@ class BitPlan:
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: It is no bit plan.
+            ValueError: It is no bit plan, or not as it was written.
         """
-        text = Path(path).read_text(encoding="utf-8")
         try:
-            content = json.loads(text)
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content.pop("digest") != _digest(content):
+                raise ValueError(
+                    "it was changed after it was written; make a plan anew, or change "
+                    "its layer_config where AutoRound gets it"
+                )
             if content.pop("format") != PLAN_FORMAT:
                 raise ValueError("another format")
             content["units"] = tuple(_unit(unit) for unit in content["units"])
             for name in ("uniform", "planned"):
                 content[name] = Cost(**content[name])
             return cls(**content)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             raise ValueError(
                 f"path={str(path)!r}: no bit plan ({error}); allowed is a file that "
                 "BitPlan.save or `vsraq plan --out` has written"
@@ -198,6 +210,12 @@ class BitPlan:
         from vsraq.bits.figure import plot_plan
 
         plot_plan(self, Path(path))
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """Return a digest of a plan's values, as they are in a file."""
+    text = json.dumps(content, sort_keys=True)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def _unit(content: Mapping[str, Any]) -> PlannedUnit:

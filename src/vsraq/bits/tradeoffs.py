@@ -6,6 +6,7 @@ from collections import defaultdict
 from typing import NamedTuple
 
 from vsraq.bits.allocation import Metric, Priced, allocate
+from vsraq.bits.budget import budget_bytes
 from vsraq.bits.damage import Damaged, DamageModel
 from vsraq.bits.plan import BitPlan
 
@@ -113,9 +114,12 @@ def _active_limit(plan: BitPlan) -> float | None:
     """Return what a token may read of the units, or None."""
     if plan.active_budget is None:
         return None
-    more = float(plan.active_budget.strip().removesuffix("%")) / 100
+    uniform = plan.uniform.active_bytes
+    said = plan.active_budget
+    budget = said if "%" in said else int(said)
+    allowed = budget_bytes("active_budget", budget, uniform)
     own = sum(unit.candidates[unit.base].active_bytes for unit in plan.units)
-    return own + more * plan.uniform.active_bytes
+    return own + allowed - uniform
 
 
 def plan_damage(plan: BitPlan, metric: str) -> float:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bit plan of a recipe: read from a file, or made, kept, and found again."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -29,10 +30,11 @@ logger = logging.getLogger("autoround.vsraq")
 
 # of a scheme; what decides how a weight is stored
 _STORED = ("bits", "group_size", "sym")
-# of `runtime`; what decides which layers are quantized, and how
-_WHICH_LAYERS = (
+# of `runtime`; what decides which layers are quantized, and what is measured
+_DECIDES = (
     "ignore_layers",
     "layer_config",
+    "model_dtype",
     "quant_lm_head",
     "to_quant_block_names",
 )
@@ -158,6 +160,7 @@ def make_plan(
         export_format=recipe.formats[0],
         lm_head=settings["lm_head"],
         tokens=settings["tokens"],
+        nsamples=calibration.nsamples,
         seqlen=calibration.seqlen,
         seed=calibration.seed,
         router_pattern=recipe.algorithm.get("router_pattern"),
@@ -199,7 +202,7 @@ def run_layer_config(recipe: Recipe, plan: BitPlan) -> dict[str, Any]:
 
 def plan_settings(recipe: Recipe) -> dict[str, Any]:
     """Return all that decides a recipe's plan, as it is in a file."""
-    runtime = {n: v for n, v in recipe.runtime.items() if n in _WHICH_LAYERS}
+    runtime = {n: v for n, v in recipe.runtime.items() if n in _DECIDES}
     calibration = recipe.calibration
     settings = {
         "model": recipe.model,
@@ -211,12 +214,25 @@ def plan_settings(recipe: Recipe) -> dict[str, Any]:
         "runtime": runtime,
         "calibration": {
             "dataset": calibration.dataset,
+            "files": _digests(calibration.dataset),
+            "nsamples": calibration.nsamples,
             "seqlen": calibration.seqlen,
             "seed": calibration.seed,
         },
     }
     plain: dict[str, Any] = json.loads(json.dumps(settings, default=str))
     return plain
+
+
+def _digests(dataset: str) -> dict[str, str]:
+    """Return digests of the local files of a data set."""
+    names = (part.partition(":")[0].strip() for part in dataset.split(","))
+    digests = {}
+    for name in names:
+        if Path(name).is_file():
+            with Path(name).open("rb") as file:
+                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
 
 
 def _load(path: str) -> BitPlan:
@@ -300,12 +316,22 @@ def _refuse_unloaded(names: list[str], recipe: Recipe, engine: Engine) -> None:
 def _check_scheme(recipe: Recipe, plan: BitPlan) -> None:
     """Refuse a plan whose scheme has other fields, or that a format does not hold."""
     fields = preview_resolved_attrs(recipe.algorithm_config(), recipe.scheme)
-    for name in _STORED:
-        if name in plan.default and fields[name] != plan.default[name]:
+    stored = {n: (plan.default[n], fields[n]) for n in _STORED if n in plan.default}
+    changes = _scheme_changes(recipe)
+    made = plan.settings.get("scheme_changes", plan.default)
+    others = set(changes) | set(plan.settings.get("scheme_changes", ()))
+    stored |= {n: (made.get(n), changes.get(n)) for n in sorted(others - set(_STORED))}
+    runtime = plan.settings.get("runtime", {})
+    stored |= {
+        name: (runtime.get(name), recipe.runtime.get(name))
+        for name in ("quant_lm_head", "to_quant_block_names")
+        if runtime.get(name) or recipe.runtime.get(name)
+    }
+    for name, (planned, given) in stored.items():
+        if planned != given:
             raise ValueError(
-                f"bits={recipe.bits!r}: the plan was made for {name}="
-                f"{plan.default[name]!r}, the recipe has {fields[name]!r}; allowed is "
-                "the same, or make a new plan"
+                f"bits={recipe.bits!r}: the plan was made for {name}={planned!r}, the "
+                f"recipe has {given!r}; allowed is the same, or make a new plan"
             )
     engine = get_engine(plan.engine)
     chosen = {unit.chosen for unit in plan.units} - {OWN}

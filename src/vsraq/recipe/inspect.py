@@ -12,6 +12,7 @@ from torch import nn
 from vsraq.autoround.config import VSRAQConfig
 from vsraq.autoround.planning import Candidates, find_candidates, scheme_fields
 from vsraq.bits import BitPlan
+from vsraq.bits.budget import budget_bytes
 from vsraq.bits.cost import PlanningCost
 from vsraq.bits.engines import get_engine
 from vsraq.bits.units import Unit, find_units
@@ -109,9 +110,7 @@ class Inspected:
             return self.plan.bytes
         uniform = self.uniform_bytes(export_format)
         budget = self.recipe.bit_settings.get("budget", 0)
-        if isinstance(budget, str):
-            return int(uniform * (1 + float(budget.removesuffix("%")) / 100))
-        return uniform + int(budget)
+        return int(budget_bytes("bits.budget", budget, uniform))
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:

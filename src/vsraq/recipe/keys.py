@@ -12,6 +12,7 @@ from auto_round.utils.model import convert_dtype_str2torch
 from pydantic import AfterValidator, Field
 
 from vsraq.autoround.option_types import SchemeOptions
+from vsraq.bits.budget import budget_bytes
 from vsraq.bits.engines import ENGINES
 from vsraq.strict import StrictModel, check_values, did_you_mean
 
@@ -25,7 +26,6 @@ SCHEMES = tuple(
 METRICS = ("kl", "routing")
 ENGINE_NAMES = (*ENGINES, "none")
 
-_SHARE = re.compile(r"[+-]?\d+(\.\d+)?%")
 _DEVICE = re.compile(
     r"auto|tp|\d+|(cpu|cuda|hpu|mps|npu|xpu)(:\d+)?"  # a device
     r"|[\w.*]+:(\d+|(cpu|cuda|hpu|mps|npu|xpu)(:\d+)?)"  # or layers and theirs
@@ -68,8 +68,7 @@ def _layer_config(layers: dict[str, Any]) -> dict[str, Any]:
 
 
 def _budget(value: str | int) -> str | int:
-    if isinstance(value, str) and not _SHARE.fullmatch(value):
-        raise ValueError("no share")
+    budget_bytes("budget", value, 1.0)
     return value
 
 
@@ -121,8 +120,8 @@ class BitsKeys(StrictModel):
     budget: Annotated[str | int, AfterValidator(_budget)] = Field(
         "0%", description=f"{_BUDGET}, or a number of bytes"
     )
-    active_budget: Annotated[str, AfterValidator(_budget)] | None = Field(
-        None, description=_BUDGET
+    active_budget: Annotated[str | int, AfterValidator(_budget)] | None = Field(
+        None, description=f"{_BUDGET}, or a number of bytes"
     )
     # a recipe is for an export that is served
     engine: Annotated[str, AfterValidator(_engine)] = Field(
