@@ -10,6 +10,7 @@ from auto_round.auto_scheme.utils import compute_layer_bits
 import tiny
 import vsraq
 from routing import DATASET, register_windows
+from vsraq.autoround.auto_scheme import _check_average
 from vsraq.checkpoint import load_model, verify
 
 OPTIONS = "W3A16G32,W4A16G32,W8A16G32"
@@ -108,3 +109,10 @@ def test_a_model_without_routers_is_refused():
 def test_a_hybrid_that_auto_scheme_breaks_is_refused():
     with pytest.raises(RuntimeError, match="removed its group_size"):
         prepared("nemotron_h", scheme(6.0))
+
+
+def test_a_mean_that_no_choice_has_is_refused():
+    sizes = {("a", "W4"): 400.0, ("a", "W8"): 800.0, ("b", "W2"): 200.0}
+    _check_average(4.0, sizes, fixed=200.0, weights=200, base="W4")
+    with pytest.raises(ValueError, match=r"avg_bits=3.9: .* the mean is 4; .* than W4"):
+        _check_average(3.9, sizes, fixed=200.0, weights=200, base="W4")

@@ -94,13 +94,15 @@ def choose_by_damage(
         export_format or "auto_round",
     )
     count = _BitCount(model, auto_scheme.ignore_scale_zp_bits)
-    limit = auto_scheme.avg_bits * sum(map(count.weights, names))
-    limit -= sum(count.bits(n, fields) for n, fields in fixed_layer_scheme.items())
+    weights = sum(map(count.weights, names))
+    fixed = sum(count.bits(n, fields) for n, fields in fixed_layer_scheme.items())
+    limit = auto_scheme.avg_bits * weights - fixed
     sizes = {
         (unit.name, name): sum(count.bits(n, f) for n, f in schemes.items())
         for unit in units
         for name, schemes in candidates.schemes[unit.name].items()
     }
+    _check_average(auto_scheme.avg_bits, sizes, fixed, weights, base)
     seqlen = auto_scheme.seqlen or _SEQLEN
     tokens = (auto_scheme.nsamples or -(-_TOKENS // seqlen)) * seqlen
     data = auto_scheme.dataset or dataset
@@ -114,6 +116,26 @@ def choose_by_damage(
         for layer, fields in schemes.items():
             chosen[layer] = {n: v for n, v in fields.items() if n != "scale_dtype"}
     return chosen
+
+
+def _check_average(
+    avg_bits: float,
+    sizes: Mapping[tuple[str, str], float],
+    fixed: float,
+    weights: int,
+    base: str,
+) -> None:
+    """Refuse a mean below that of the smallest schemes."""
+    least: dict[str, float] = {}
+    for (unit, _), bits in sizes.items():
+        least[unit] = min(bits, least.get(unit, bits))
+    smallest = (sum(least.values()) + fixed) / weights
+    if avg_bits * weights < sum(least.values()) + fixed:
+        raise ValueError(
+            f"avg_bits={avg_bits}: with the smallest schemes that each layer may have, "
+            f"the mean is {smallest:.4g}; allowed is that or more; only routed experts "
+            f"may have less than one bit fewer than {base}"
+        )
 
 
 def _check_norms(model: nn.Module) -> None:

@@ -91,7 +91,8 @@ def find_candidates(
         if reason:
             raise ValueError(
                 f"options={tuple(options)}, scheme={scheme!r}: {name} is not allowed, "
-                f"because {reason}; leave it out, or pass another engine"
+                f"because {reason}; leave it out, or pass another "
+                + ("engine" if engine.version else "format")
             )
     base, schemes = {}, {}
     for unit in units:
