@@ -31,8 +31,22 @@ class Row:
 Key = tuple[str, str, str, str, str]  # model, scheme, budget, way, recipe
 
 
+def model_names(results: Sequence[Mapping[str, Any]]) -> dict[tuple[str, str], str]:
+    """Name each model and its weights: training gives others on another CPU."""
+    found: dict[str, list[str]] = {model: [] for model in routing.MODELS}
+    for result in results:
+        if result["weights"] not in found[result["model"]]:
+            found[result["model"]].append(result["weights"])
+    return {
+        (model, weights): f"{model}, weights {index}" if index > 1 else model
+        for model, all_weights in found.items()
+        for index, weights in enumerate(all_weights, 1)
+    }
+
+
 def rows(results: Sequence[Mapping[str, Any]]) -> dict[Key, Row]:
     """Results by cell; gaps are those of uniform AutoRound of the same seed."""
+    model_of = model_names(results)
     plain = {
         (r["model"], r["weights"], r["scheme"], r["seed"], r["iters"]): r
         for r in results
@@ -44,8 +58,9 @@ def rows(results: Sequence[Mapping[str, Any]]) -> dict[Key, Row]:
         reference = plain.get(tuple(result[name] for name in names))
         if reference is None or "error" in result:
             continue
-        names = ("model", "scheme", "budget", "way", "recipe")
-        row = table[tuple(result[name] for name in names)]
+        names = ("scheme", "budget", "way", "recipe")
+        model = model_of[result["model"], result["weights"]]
+        row = table[(model, *(result[name] for name in names))]
         jaccard = statistics.mean(result["jaccard"].values())
         before = statistics.mean(reference["jaccard"].values())
         row.mebibytes.append(result["bytes"] / 2**20)
@@ -82,7 +97,7 @@ def format_table(table: Mapping[Key, Row]) -> str:
     ]
     order = [
         (model, scheme, budget, way, recipe)
-        for model in routing.MODELS
+        for model in _models(table)
         for scheme, budgets in WAYS.items()
         for budget, ways in budgets.items()
         for way in ways
@@ -101,6 +116,13 @@ def format_table(table: Mapping[Key, Row]) -> str:
             f"{mean(row.nll_error):.4f} | {len(row.kl)} |"
         )
     return "\n".join(lines)
+
+
+def _models(table: Mapping[Key, Row]) -> list[str]:
+    """The models of a table, in the order of `routing.MODELS`."""
+    order = list(routing.MODELS)
+    names = {key_[0] for key_ in table}
+    return sorted(names, key=lambda name: (order.index(name.split(",")[0]), name))
 
 
 def format_recipes(table: Mapping[Key, Row]) -> str:
@@ -215,7 +237,7 @@ def plot(table: Mapping[Key, Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    models = [m for m in routing.MODELS if any(m == key_[0] for key_ in table)]
+    models = _models(table)
     schemes = [n for n in SCHEMES if any(n == key_[1] for key_ in table)]
     figure, axes = pyplot.subplots(
         len(models),

@@ -94,6 +94,19 @@ def test_the_gap_is_that_of_autoround_with_the_same_seed():
     ]
 
 
+def test_other_weights_are_another_model():
+    """Not another seed of the same one."""
+    results = [
+        result(0, "uniform", 0.10, 0.90),
+        result(0, "uniform", 0.20, 0.80) | {"weights": "y"},
+        result(1, "uniform", 0.10, 0.90),
+    ]
+    table = bits_tables.rows(results)
+    seeds = {key[0]: len(row.kl) for key, row in table.items()}
+    assert seeds == {"solar_open": 2, "solar_open, weights 2": 1}
+    assert bits_tables._models(table) == list(seeds)
+
+
 def test_a_recipe_is_compared_with_autoround_on_the_same_bytes():
     results = [
         result(0, "uniform", 0.10, 0.90),
