@@ -57,6 +57,7 @@ from vsraq.autoround.prepared_model import PreparedModel
 from vsraq.bits.damage import Damage, DamageModel
 from vsraq.bits.engines import get_engine
 from vsraq.bits.exceptions import exceptions
+from vsraq.bits.limits import Sizes as UnitSizes
 from vsraq.bits.sizes import unit_bytes
 from vsraq.bits.units import Unit, find_units
 from vsraq.checkpoint import load_model
@@ -113,7 +114,7 @@ def sizes(model: str, scheme: str, engine: str | None, head: bool = False) -> Si
     prepared = prepare(in_bfloat16, scheme, engine)
     prepared.module.bfloat16()  # a CPU without bfloat16 has made it float32
     layers = prepared.layers | (prepared.head_layer() if head else {})
-    units = find_units(prepared.module, list(layers), prepared.model.routers, rules)
+    units = find_units(prepared.module, list(layers), prepared.routers, rules)
     options = default_options(scheme, rules, form)
     candidates = find_candidates(units, layers, scheme, options, rules, form)
     export = ExportSizes.of(prepared, units, candidates, form)
@@ -163,7 +164,7 @@ def plan(cell: Cell) -> dict[str, Any]:
         known.units,
         known.candidates,
         planning_batches(),
-        planning.Sizes(known.export.bytes_of, known.limit(budget)),
+        UnitSizes(known.export.bytes_of, known.limit(budget)),
         {"kl": 1.0, "routing": 1.0} if cell.way == ROUTING else {"kl": 1.0},
         units_measured,
     )

@@ -242,7 +242,6 @@ def test_a_resolved_recipe_has_the_same_bits(bits):
 def test_refused_before_a_weight_is_loaded(root, tmp_path, capsys):
     plan = root / "plan.json"
     replace(BitPlan.load(plan), config_digest="sha256:0").save(tmp_path / "other.json")
-    replace(BitPlan.load(plan), settings={}).save(tmp_path / "bare.json")
     (tmp_path / "broken.json").write_text("{}")
     layers = "runtime.layer_config="
     for overrides, message in (
@@ -256,14 +255,10 @@ def test_refused_before_a_weight_is_loaded(root, tmp_path, capsys):
         ),
         (
             [f"bits={plan}", "algorithm.act_bits=8"],
-            "made for act_bits=None, the recipe has 8",
-        ),
-        (
-            [f"bits={tmp_path / 'bare.json'}", "algorithm.act_bits=8"],
             "made for act_bits=16, the recipe has 8",
         ),
         (
-            [f"bits={tmp_path / 'bare.json'}", "runtime.quant_lm_head=true"],
+            [f"bits={plan}", "runtime.quant_lm_head=true"],
             "made for quant_lm_head=None, the recipe has True",
         ),
         (
@@ -356,5 +351,9 @@ def test_a_kept_plan_of_other_settings_is_not_used(root, tmp_path, vsraq_log):
     tiny.save_text(text)
     replace(plan, settings=recipe_bits.plan_settings(recipe)).save(plan_path(recipe))
     assert recipe_bits._kept(recipe) is not None
+    plan_path(recipe).write_text("{}")  # of an older version, or broken
+    assert recipe_bits._kept(recipe, warn=True) is None
+    assert vsraq_log[-1].endswith(": a plan is made anew")
+    replace(plan, settings=recipe_bits.plan_settings(recipe)).save(plan_path(recipe))
     tiny.save_text(text, samples=17)
     assert recipe_bits._kept(recipe) is None

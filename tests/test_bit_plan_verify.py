@@ -14,7 +14,12 @@ from vsraq.autoround import plan_bits
 from vsraq.bits import BitPlan
 from vsraq.checkpoint import CheckpointError, load_model, verify
 from vsraq.checkpoint.bounds import Sums, judge
-from vsraq.checkpoint.planned import PLAN_FILE, PlannedLayers, config_digest
+from vsraq.checkpoint.planned import (
+    PLAN_FILE,
+    PlannedLayers,
+    config_digest,
+    plan_digest,
+)
 
 RUN = {"device_map": "cpu", "enable_torch_compile": False}
 
@@ -82,6 +87,7 @@ def test_the_bytes_are_those_of_the_files(planned):
 def faults(folder, source, change):
     content = json.loads((folder / PLAN_FILE).read_text())
     change(content)
+    content["digest"] = plan_digest(content)
     (folder / PLAN_FILE).write_text(json.dumps(content))
     with pytest.raises(CheckpointError) as caught:
         verify(folder, source)
@@ -145,6 +151,11 @@ def test_a_plan_that_is_no_json_or_of_another_model(copy):
     folder, source = copy
     (fault,) = faults(folder, source, lambda p: p.update(config_digest="sha256:0"))
     assert "it was made for a model with another config" in fault
+    content = json.loads((folder / PLAN_FILE).read_text())
+    content["tokens"] += 1
+    (folder / PLAN_FILE).write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="it was changed after it was written"):
+        verify(folder, source)
     (folder / PLAN_FILE).write_bytes(b"\xff{")
     with pytest.raises(CheckpointError, match="no bit plan"):
         verify(folder, source)

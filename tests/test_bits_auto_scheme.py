@@ -112,7 +112,9 @@ def test_a_hybrid_that_auto_scheme_breaks_is_refused():
 
 
 def test_a_mean_that_no_choice_has_is_refused():
-    sizes = {("a", "W4"): 400.0, ("a", "W8"): 800.0, ("b", "W2"): 200.0}
-    _check_average(4.0, sizes, fixed=200.0, weights=200, base="W4")
+    _check_average(4.0, 800.0, weights=200, base="W4")
     with pytest.raises(ValueError, match=r"avg_bits=3.9: .* the mean is 4; .* than W4"):
-        _check_average(3.9, sizes, fixed=200.0, weights=200, base="W4")
+        _check_average(3.9, 800.0, weights=200, base="W4")
+    with pytest.raises(ValueError, match=r"the mean is 2.6667; allowed is that"):
+        _check_average(2.6666, 800.0, weights=300, base="W4")
+    _check_average(2.6667, 800.0, weights=300, base="W4")

@@ -58,7 +58,6 @@ W4 = scheme_fields("W4A16")
         ("transformers", scheme_fields("MXFP8"), "auto_round", ""),
         (None, scheme_fields("W2A16"), "auto_gptq", ""),
         (None, scheme_fields("FP8_STATIC"), "auto_round", "fp weights of none bits"),
-        (None, scheme_fields("MXINT4"), "auto_round", "mx_int weights of none bits"),
         ("vllm", scheme_fields("INT8_W8A8"), "llm_compressor", "8 bits was not read"),
     ],
 )
@@ -112,7 +111,7 @@ def test_default_options_are_what_engines_load():
     assert options("vllm") == options("sglang") == ["W8A16"]
     assert options(None, export_format="auto_gptq") == ["W2A16", "W3A16", "W8A16"]
     assert options("vllm", "MXFP4") == ["MXFP8", "BF16"]
-    assert options("vllm", "W4A16G32") == ["W8A16G32"]
+    assert options("vllm", "W4A16_MIXED") == ["W8A16"]
     for engine, form in ((None, "auto_round"), ("vllm", "llm_compressor")):
         assert options(engine, "NVFP4", form) == ["MXFP8", "BF16"]
 
@@ -146,6 +145,10 @@ def test_the_groups_of_an_option():
         return {name: fields["a.o_proj"]["group_size"] for name, fields in schemes}
 
     assert groups("W8A16", "W4A16G64") == {"W4A16": 32, "W8A16": 32, "W4A16G64": 64}
+    named = find_candidates(
+        [dense], own, "W4A16G32", ["W8A16"], get_engine(None), "auto_round"
+    )
+    assert named.schemes["a.o_proj"]["W8A16"]["a.o_proj"]["group_size"] == 32
     with pytest.raises(ValueError, match=r"W4A16G32; .* have already"):
         groups("W4A16G32")
     inputs = groups("INT8_W8A8")

@@ -121,6 +121,12 @@ def test_what_cannot_be_planned(refused):
         plan(refused)
 
 
+def test_routers_that_text_never_reaches_are_left_out_by_a_pattern():
+    family = f"ernie4_5_vl_moe{WITH_IMAGES}"
+    found = plan(family, router_pattern=r"text_moe\.gate")
+    assert 0 < found.planned.kl < found.uniform.kl
+
+
 def test_two_decoders_are_refused():
     with pytest.raises(NotImplementedError, match="routers are not in one list of"):
         plan(TWO_DECODERS)

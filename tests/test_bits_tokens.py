@@ -101,18 +101,18 @@ def test_a_file(tmp_path):
     assert not torch.equal(found[0], other[0])
 
 
-def test_samples_lie_evenly_among_those_of_a_run(tmp_path):
+def test_samples_are_the_first_of_a_runs(tmp_path):
     text_file = tiny.save_text(tmp_path / "text.jsonl", samples=12)
     every = rows(batches(text_file, nsamples=12))
     assert len(every) == 12
-    assert rows(batches(text_file, tokens=100, nsamples=12)) == every[::4]
+    assert rows(batches(text_file, tokens=100, nsamples=12)) == every[:3]
     assert rows(batches(text_file, tokens=1, nsamples=12)) == every[:1]
     # fewer than asked for
     assert len(rows(batches(text_file, tokens=10**6, nsamples=12))) == 12
 
 
-def test_every_part_of_a_mixture_is_measured_with(tmp_path):
-    """Samples are cut, so that there are several."""
+def test_several_texts_of_a_mixture_are_measured_with(tmp_path):
+    """Samples are cut; `num` counts the samples of the run."""
     parts = []
     for letter in "abc":
         path = tmp_path / f"{letter}.jsonl"
@@ -122,7 +122,9 @@ def test_every_part_of_a_mixture_is_measured_with(tmp_path):
     found = batches(",".join(parts), tokens=4096, seqlen=600, nsamples=30)
     assert [tuple(batch.shape) for batch in found] == [(8, 512)]
     tokenizer = tiny.tiny_tokenizer()
-    assert {row[0] for row in rows(found)} == set(tokenizer("abc")["input_ids"])
+    first = {row[0] for row in rows(found)}
+    assert len(first) > 1
+    assert first <= set(tokenizer("abc")["input_ids"])
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from vsraq import VSRAQConfig
 from vsraq.autoround import plan_bits
 from vsraq.bits.sizes import plain_bytes, unit_bytes
 from vsraq.checkpoint import verify
+from vsraq.recipe import inspect, parse_recipe
 
 BLOCK = 32
 FP8 = torch.float8_e4m3fn
@@ -94,6 +95,9 @@ def test_numbers_without_scales_are_refused(quantize, tmp_path, monkeypatch):
             AutoScheme(avg_bits=5, options="W4A16,W8A16", method="vsraq"),
             dataset=tiny.save_text(tmp_path / "text.jsonl"),
         )
+    recipe = parse_recipe({"model": source, "scheme": "W4A16", "output": "out"})
+    with pytest.raises(ValueError, match=message):
+        inspect(recipe)
     monkeypatch.setenv("AR_DISABLE_META_LOAD", "1")
     run = AutoRound(
         source,
@@ -102,6 +106,7 @@ def test_numbers_without_scales_are_refused(quantize, tmp_path, monkeypatch):
         **arguments(group_size=BLOCK),
     )
     _, folder = run.quantize_and_save(str(tmp_path / "out"), format="auto_round")
+    inspect(recipe)
     assert verify(folder, source).quantized_layers == 2 * (4 + 3 * 9)
 
 

@@ -7,6 +7,7 @@
 with or without their scales (`ignore_scale_zp_bits`).
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 
 from vsraq.autoround.checks import check_stream
 from vsraq.autoround.planning import (
-    Sizes,
     find_candidates,
     make_plan,
     scheme_fields,
@@ -28,6 +28,7 @@ from vsraq.autoround.planning import (
 from vsraq.autoround.planning_tokens import token_batches
 from vsraq.autoround.unit_damage import MeasuredModel, SchemeFields
 from vsraq.bits.engines import get_engine
+from vsraq.bits.limits import Sizes
 from vsraq.bits.units import find_units, merge_units
 
 _TOKENS, _SEQLEN = 4096, 512
@@ -92,24 +93,26 @@ def choose_by_damage(
         [option for option in options if option != base],
         rules,
         export_format or "auto_round",
+        own_groups=False,  # here a name is the whole scheme
     )
     count = _BitCount(model, auto_scheme.ignore_scale_zp_bits)
     weights = sum(map(count.weights, names))
     fixed = sum(count.bits(n, fields) for n, fields in fixed_layer_scheme.items())
     limit = auto_scheme.avg_bits * weights - fixed
-    sizes = {
+    bits_of = {
         (unit.name, name): sum(count.bits(n, f) for n, f in schemes.items())
         for unit in units
         for name, schemes in candidates.schemes[unit.name].items()
     }
-    _check_average(auto_scheme.avg_bits, sizes, fixed, weights, base)
+    sizes = Sizes(bits_of, limit)
+    _check_average(
+        auto_scheme.avg_bits, sizes.smallest(units)[0] + fixed, weights, base
+    )
     seqlen = auto_scheme.seqlen or _SEQLEN
     tokens = (auto_scheme.nsamples or -(-_TOKENS // seqlen)) * seqlen
     data = auto_scheme.dataset or dataset
     batches = token_batches(data, tokenizer, tokens, seqlen, seed=42)
-    planned = make_plan(
-        measured, units, candidates, batches, Sizes(sizes, limit), {"kl": 1.0}
-    )
+    planned = make_plan(measured, units, candidates, batches, sizes, {"kl": 1.0})
     chosen = {n: dict(fields) for n, fields in fixed_layer_scheme.items()}
     for unit in units:
         schemes = candidates.schemes[unit.name][planned.chosen[unit.name]]
@@ -118,23 +121,14 @@ def choose_by_damage(
     return chosen
 
 
-def _check_average(
-    avg_bits: float,
-    sizes: Mapping[tuple[str, str], float],
-    fixed: float,
-    weights: int,
-    base: str,
-) -> None:
+def _check_average(avg_bits: float, smallest: float, weights: int, base: str) -> None:
     """Refuse a mean below that of the smallest schemes."""
-    least: dict[str, float] = {}
-    for (unit, _), bits in sizes.items():
-        least[unit] = min(bits, least.get(unit, bits))
-    smallest = (sum(least.values()) + fixed) / weights
-    if avg_bits * weights < sum(least.values()) + fixed:
+    if avg_bits * weights < smallest:
+        least = math.ceil(1e4 * smallest / weights) / 1e4
         raise ValueError(
             f"avg_bits={avg_bits}: with the smallest schemes that each layer may have, "
-            f"the mean is {smallest:.4g}; allowed is that or more; only routed experts "
-            f"may have less than one bit fewer than {base}"
+            f"the mean is {least:g}; allowed is that or more; layers that are no "
+            f"routed experts may have one bit fewer than {base} at most"
         )
 
 

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bytes of whole exports, and what a budget leaves for the units."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from torch import Tensor, nn
 
-from vsraq.autoround.planning import Candidates, Sizes
+from vsraq.autoround.planning import Candidates
 from vsraq.autoround.prepared_model import PreparedModel
 from vsraq.bits.budget import budget_bytes
 from vsraq.bits.damage import Damage
+from vsraq.bits.limits import Sizes
 from vsraq.bits.plan import Cost
 from vsraq.bits.sizes import plain_bytes, unit_bytes
 from vsraq.bits.units import Unit
@@ -93,19 +95,16 @@ class ExportSizes:
         Raises:
             ValueError: A budget is neither, or less than the smallest schemes take.
         """
-        least: dict[str, int] = {}
-        for (unit, _), size in self.bytes_of.items():
-            least[unit] = min(size, least.get(unit, size))
-        limit = _limit(
-            ("budget", budget), self.bytes(self.base), self.plain, sum(least.values())
-        )
+        smallest, read = Sizes(self.bytes_of, 0).smallest(self.units)
+        uniform = self.bytes(self.base)
+        limit = _limit(("budget", budget), uniform, self.plain, smallest)
         if active_budget is None:
             return Sizes(self.bytes_of, limit)
         active = _limit(
             ("active_budget", active_budget),
             self.active(self.base),
             self.plain_active,
-            sum(least[unit.name] * unit.read for unit in self.units),
+            read,
         )
         return Sizes(self.bytes_of, limit, active)
 
@@ -117,11 +116,11 @@ def _limit(
     name, budget = given
     allowed = budget_bytes(name, budget, uniform)
     if allowed < plain + smallest:
-        beyond = 100 * ((plain + smallest) / uniform - 1)
+        least = math.ceil(plain + smallest)
         raise ValueError(
             f"{name}={budget!r}: it allows {allowed:,.0f} bytes, and with the smallest "
-            f"schemes there are {plain + smallest:,.0f} ({beyond:+.2f} % beyond the "
-            "uniform export's); allowed is that or more, or add a smaller scheme to "
+            f"schemes there are {least:,}; allowed is {name}="
+            f"{math.ceil(least - uniform)} bytes or more, or add a smaller scheme to "
             "options"
         )
     return allowed - plain

@@ -10,7 +10,6 @@ from torch import Tensor
 from vsraq import stamp
 from vsraq.autoround.export_sizes import ExportSizes
 from vsraq.autoround.planning import (
-    GROUPED,
     Candidates,
     Planned,
     find_candidates,
@@ -19,7 +18,7 @@ from vsraq.autoround.planning import (
     why_refused,
 )
 from vsraq.autoround.planning_cost import planning_cost
-from vsraq.autoround.planning_tokens import token_batches
+from vsraq.autoround.planning_tokens import SAMPLE_TOKENS, token_batches
 from vsraq.autoround.prepared_model import PreparedModel
 from vsraq.bits.engines import Engine, get_engine
 from vsraq.bits.exceptions import check_layers, exceptions
@@ -81,11 +80,11 @@ def plan_bits(
         state_memory: The most bytes that the hidden states of all streams may take on
             the CPU; more would lower `tokens`. None for any; see `PlanningCost`.
         nsamples: How many samples the run draws, where `dataset` is a name; a plan is
-            measured with the first tokens of some that lie evenly among them.
+            measured with the beginnings of the first ones.
         seqlen: Tokens of a sample, where `dataset` is a name.
         seed: Draws the samples, where `dataset` is a name.
-        router_pattern: What names routers that are not found, as in `VSRAQConfig`; all
-            others are found. A plan is about the experts of all layers.
+        router_pattern: What names the routers whose choices are measured, as in
+            `VSRAQConfig`; None finds them. The experts of all layers are units.
         progress: Whether progress bars are shown.
         **kwargs: Other arguments of `AutoRound` (`tokenizer`, `device_map`,
             `layer_config`, `ignore_layers`, ...), the same as those of the run.
@@ -116,7 +115,8 @@ def plan_bits(
     cost = planning_cost(prepared, units, candidates, tokens)
     if state_memory is not None:
         # samples that are given may have any length
-        cost = cost.within(state_memory, seqlen if isinstance(dataset, str) else 1)
+        length = min(seqlen, SAMPLE_TOKENS) if isinstance(dataset, str) else 1
+        cost = cost.within(state_memory, length)
     logger.info("vsraq: measuring %d units: %s", len(units), cost)
     batches = token_batches(
         dataset, prepared.tokenizer, cost.tokens, seqlen, seed, nsamples
@@ -161,11 +161,12 @@ def _find_units(
     layers = prepared.layers | (prepared.head_layer() if lm_head else {})
     if options is None:
         options = default_options(scheme, engine, export_format)
-    units = find_units(prepared.module, list(layers), prepared.model.routers, engine)
+    names = [option.upper() for option in options]
+    units = find_units(prepared.module, list(layers), prepared.routers, engine)
+    found = find_candidates(units, layers, scheme, names, engine, export_format)
     plain = prepared.plain_layers
     check_layers(units, layers, prepared.default, engine, export_format, plain=plain)
-    names = [option.upper() for option in options]
-    return units, find_candidates(units, layers, scheme, names, engine, export_format)
+    return units, found
 
 
 def _refuse_long_samples(
@@ -206,14 +207,13 @@ def default_options(scheme: str, engine: Engine, export_format: str) -> list[str
     """
     default = scheme_fields(scheme)
     if default["data_type"] == "int":
-        group = scheme.partition("A16")[2] if GROUPED.search(scheme) else ""
-        names = [f"W{bits}A16{group}" for bits in (2, 3, 4, 5, 6, 8)]
+        names = [f"W{bits}A16" for bits in (2, 3, 4, 5, 6, 8)]
     else:
         names = ["MXFP8", "BF16"]
     return [
         name
         for name in names
-        if name != scheme
+        if scheme_fields(name)["bits"] != default["bits"]
         and not why_refused(scheme_fields(name), default, engine, export_format)
     ]
 

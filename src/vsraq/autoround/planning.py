@@ -29,12 +29,13 @@ from vsraq.bits.allocation import (
 )
 from vsraq.bits.damage import Damage, DamageModel
 from vsraq.bits.engines import Engine, why_not_held
+from vsraq.bits.limits import Sizes
 from vsraq.bits.units import Unit
 from vsraq.strict import did_you_mean
 
 # on other tokens of the same text, the damage of a plan differs by about as much
 _SAME = 0.02
-GROUPED = re.compile(r"G\d+$")  # the name of a scheme that has a group size
+_GROUPED = re.compile(r"G\d+$")  # the name of a scheme that has a group size
 OWN = "own"  # a scheme from the user's layer_config that has no name
 _NAMES = tuple(QuantizationScheme.get_attributes())
 _UNQUANTIZED = {
@@ -66,12 +67,13 @@ def find_candidates(
     options: Sequence[str],
     engine: Engine,
     export_format: str,
+    *,
+    own_groups: bool = True,
 ) -> Candidates:
     """Find the schemes that each unit may have.
 
     Routed experts may have any fewer bits, since few tokens read their weights, all
-    other layers one bit fewer than the scheme. A layer with a group size of its own
-    keeps it, unless the name of a scheme has one (W4A16G64).
+    other layers one bit fewer than the scheme.
 
     Args:
         units: The units.
@@ -80,6 +82,8 @@ def find_candidates(
         options: AutoRound's names of the schemes to choose from besides that.
         engine: What it does not load is not offered.
         export_format: What it does not hold is not offered.
+        own_groups: Whether layers of integers keep their group size with schemes whose
+            names have none: W8A16, not W8A16G64.
 
     Raises:
         ValueError: An option, or the scheme itself, cannot be loaded or held, or no
@@ -91,8 +95,7 @@ def find_candidates(
         if reason:
             raise ValueError(
                 f"options={tuple(options)}, scheme={scheme!r}: {name} is not allowed, "
-                f"because {reason}; leave it out, or pass another "
-                + ("engine" if engine.version else "format")
+                f"because {reason}; leave it out, or pass another engine or format"
             )
     base, schemes = {}, {}
     for unit in units:
@@ -104,9 +107,9 @@ def find_candidates(
             fields = scheme_fields(name)
             if fields["bits"] < default["bits"] - _fewer(unit, bits):
                 continue
-            grouped = GROUPED.search(name) is not None
-            offer = {n: _with(own[n], fields, default, grouped) for n in unit.layers}
-            if offer != own:
+            keeps = own_groups and _GROUPED.search(name) is None
+            offer = {n: _with(own[n], fields, keeps) for n in unit.layers}
+            if offer not in offered.values():
                 offered.setdefault(name, offer)
         schemes[unit.name] = offered
     unused = [
@@ -182,41 +185,18 @@ def own_fields(layer_config: Mapping[str, Any]) -> SchemeFields:
     return {n: layer_config[n] for n in _NAMES if layer_config.get(n) is not None}
 
 
-def _with(
-    own: SchemeFields, fields: SchemeFields, default: SchemeFields, grouped: bool
-) -> SchemeFields:
-    """Return a layer's fields with another scheme, whose name may have a group size."""
+def _with(own: SchemeFields, fields: SchemeFields, keeps_group: bool) -> SchemeFields:
+    """Return a layer's fields with another scheme."""
     if fields["bits"] >= 16:
         return dict(_UNQUANTIZED)
     merged = {**own, **fields}
     same_type = own.get("data_type") in (fields["data_type"], "float")
     weights_only = (fields.get("act_bits") or 16) >= 16
-    keeps = weights_only and not grouped
-    if same_type and keeps and own["group_size"] != default["group_size"]:
+    if same_type and weights_only and keeps_group:
         merged["group_size"] = own["group_size"]
     if same_type and fields["bits"] < 8:  # AutoRound's formats hold 8 bits symmetric
         merged["sym"] = own["sym"]
     return merged
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What each unit takes with each scheme, in the unit of a budget.
-
-    Attributes:
-        of: By the unit's name and the scheme's.
-        limit: What all units may take.
-        active_limit: What a token may read of them; None for any.
-    """
-
-    of: Mapping[tuple[str, str], float]
-    limit: float
-    active_limit: float | None = None
-
-    @property
-    def limits(self) -> tuple[float, float | None]:
-        """Both limits."""
-        return self.limit, self.active_limit
 
 
 @dataclass(frozen=True)
@@ -281,8 +261,9 @@ def make_plan(
         ValueError: No choice is within the limits; before anything is measured.
         NotImplementedError: Blocks that run alone do not give what the model gives.
     """
-    nothing = dict.fromkeys(sizes.of, Damage(0.0, 0.0))
-    check_limits(_priced(units, candidates, sizes, nothing), *sizes.limits)
+    if sizes.active_limit is not None:  # one limit alone was checked with its name
+        nothing = dict.fromkeys(sizes.of, Damage(0.0, 0.0))
+        check_limits(_priced(units, candidates, sizes, nothing), *sizes.limits)
     if measured is None:
         measured = measure_units(model, units, candidates, batches, progress=progress)
     choices: list[dict[str, str]] = []

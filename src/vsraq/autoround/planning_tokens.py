@@ -9,7 +9,7 @@ from auto_round.calib_dataset import get_dataloader
 from torch import Tensor
 
 _BATCH_TOKENS = 4096
-_LENGTH = 512  # of a sample, where many are there
+SAMPLE_TOKENS = 512  # of a sample that is measured with, where there are many
 
 
 def token_batches(
@@ -31,9 +31,9 @@ def token_batches(
         seqlen: Tokens of a sample, where `dataset` is a name.
         seed: Draws the samples, where `dataset` is a name.
         nsamples: How many samples a run draws, where `dataset` is a name. As many are
-            drawn here, and those to measure with lie evenly among them and are cut to
-            512 tokens, or to more if they are few: so every part of a mixture is
-            there. None draws as many as `tokens` are, and cuts none.
+            drawn here; they are cut to 512 tokens, or more if they are few, so that
+            several texts are measured with. None draws as many as `tokens` are, and
+            cuts none.
 
     Raises:
         ValueError: There is no sample, or one that is no token ids.
@@ -46,7 +46,9 @@ def token_batches(
         count = -(-tokens // seqlen) if nsamples is None else nsamples
         dataset = get_dataloader(tokenizer, seqlen, dataset, seed, 1, count)
         if nsamples is not None:
-            dataset = _spread(list(_rows(dataset, tokenizer)), tokens, seqlen)
+            rows = list(_rows(dataset, tokenizer))
+            length = max(SAMPLE_TOKENS, tokens // max(len(rows), 1))
+            dataset = [row[:, :length] for row in rows]
     by_length: dict[int, list[Tensor]] = {}
     left = tokens
     for sample in _rows(dataset, tokenizer):
@@ -62,14 +64,6 @@ def token_batches(
         for step in [max(1, _BATCH_TOKENS // length)]
         for start in range(0, len(rows), step)
     ]
-
-
-def _spread(rows: list[Tensor], tokens: int, seqlen: int) -> list[Tensor]:
-    """Return the beginnings of samples that lie evenly among those given."""
-    length = min(seqlen, max(_LENGTH, tokens // max(len(rows), 1)))
-    count = min(len(rows), max(1, tokens // length))
-    picked = (rows[index * len(rows) // count] for index in range(count))
-    return [row[:, :length] for row in picked]
 
 
 def _rows(dataset: Iterable[Any], tokenizer: Any) -> Iterator[Tensor]:

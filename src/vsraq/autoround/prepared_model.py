@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model as AutoRound prepares it for a run, and what it would do with its layers."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ from vsraq.autoround.checks import check_stream
 from vsraq.autoround.planning import own_fields, scheme_fields
 from vsraq.autoround.unit_damage import MeasuredModel, SchemeFields
 from vsraq.checkpoint import Checkpoint
-from vsraq.checkpoint.planned import PlannedLayers
+from vsraq.checkpoint.planned import to_pattern
+from vsraq.routers import Router, find_routers
 
 _WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
@@ -28,17 +29,19 @@ class PreparedModel:
 
     Attributes:
         name: Where it is from, or its class.
-        model: The model, for measurements.
+        model: The model, for measurements, with the routers that a pattern names.
+        routers: All its routers, for what concerns experts.
         tokenizer: Its tokenizer.
         all_layers: The scheme of each linear layer, by AutoRound's names.
         default: The fields of the run's scheme.
-        named: Layers that the user's `layer_config` has an entry for.
+        named: Layers that the user names, in `layer_config` or `ignore_layers`.
         widths: Bytes of a number of those tensors that the export has in another dtype
             than the model now, by name.
     """
 
     name: str
     model: MeasuredModel
+    routers: tuple[Router, ...]
     tokenizer: Any
     all_layers: Mapping[str, SchemeFields]
     default: SchemeFields
@@ -71,16 +74,15 @@ class PreparedModel:
         check_stream(context._disk_stream_index, torch.bfloat16)  # rounds in float32
         _refuse_scale_dtypes(run)
         name = getattr(module.config, "_name_or_path", "") or type(module).__name__
-        given = {key: {"named": True} for key in kwargs.get("layer_config") or {}}
-        entries = PlannedLayers({}, given, run.layer_config)
         device = torch.device(run.device)
         return cls(
             name,
             MeasuredModel.of(module, run._offloader, device, router_pattern),
+            find_routers(module, router_pattern=router_pattern, others=True),
             run.model_context.tokenizer,
             {n: own_fields(fields) for n, fields in run.layer_config.items()},
             own_fields(dict(run.scheme_context.items())),
-            frozenset(layer for layer in entries if entries[layer]),
+            frozenset(_named(run.layer_config, kwargs)),
             _widths_on_disk(module, run._offloader.model_dir)
             | _widths_of_fp8(module, context.amp_dtype),
         )
@@ -136,6 +138,17 @@ class PreparedModel:
         if own.get("bits", 16) < 16:
             return {name: own}
         return {name: {**self.default, **scheme_fields("BF16")}}
+
+
+def _named(layers: Iterable[str], kwargs: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the layers that the user names, as AutoRound looks names up."""
+    patterns = [to_pattern(name) for name in kwargs.get("layer_config") or ()]
+    ignored = [part.strip() for part in (kwargs.get("ignore_layers") or "").split(",")]
+    for layer in layers:
+        if any(pattern.search(layer) for pattern in patterns) or any(
+            part and part in layer for part in ignored
+        ):
+            yield layer
 
 
 def _refuse_scale_dtypes(run: Any) -> None:

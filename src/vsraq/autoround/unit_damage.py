@@ -96,13 +96,13 @@ class MeasuredModel:
             module: The model.
             offloader: See the attributes.
             device: See the attributes.
-            router_pattern: What names routers that are not found; None finds all.
+            router_pattern: What names the routers; None finds them.
 
         Raises:
             ValueError: It has no MoE router.
             NotImplementedError: Its routers are not in one list of blocks.
         """
-        routers = find_routers(module, router_pattern=router_pattern, others=True)
+        routers = find_routers(module, router_pattern=router_pattern)
         if not routers:
             raise ValueError(
                 f"model={type(module).__name__}: it has no MoE router; allowed are "

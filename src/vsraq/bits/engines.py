@@ -123,8 +123,7 @@ class Engine:
 
 def _family(data_type: str) -> str:
     """Return the kind of a data type: int, mx_fp, nv_fp, or what it says."""
-    kinds = ("mx_fp", "nv_fp", "mx_int", "int")
-    return next((f for f in kinds if f in data_type), data_type)
+    return next((f for f in ("mx_fp", "nv_fp", "int") if f in data_type), data_type)
 
 
 _ALL_BITS = frozenset(range(2, 9))

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A bit plan: which scheme each unit of a model gets, and what that costs."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -9,7 +8,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from vsraq.bits.damage import Damage, DamageModel
-from vsraq.checkpoint.planned import PLAN_FORMAT, PlannedLayers, config_digest
+from vsraq.checkpoint.planned import (
+    PLAN_FORMAT,
+    PlannedLayers,
+    check_plan_file,
+    config_digest,
+    plan_digest,
+)
 from vsraq.whole_file import write_whole
 
 __all__ = ["BitPlan", "Cost", "PlannedUnit", "config_digest"]
@@ -156,7 +161,7 @@ class BitPlan:
             path: The file; its folder must exist.
         """
         content = {"format": PLAN_FORMAT} | asdict(self)
-        content["digest"] = _digest(content)
+        content["digest"] = plan_digest(content)
         write_whole(Path(path), json.dumps(content, indent=1) + "\n")
 
     @classmethod
@@ -172,13 +177,9 @@ class BitPlan:
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if content.pop("digest") != _digest(content):
-                raise ValueError(
-                    "it was changed after it was written; make a plan anew, or change "
-                    "its layer_config where AutoRound gets it"
-                )
-            if content.pop("format") != PLAN_FORMAT:
-                raise ValueError("another format")
+            check_plan_file(content)
+            for name in ("format", "digest"):
+                del content[name]
             content["units"] = tuple(_unit(unit) for unit in content["units"])
             for name in ("uniform", "planned"):
                 content[name] = Cost(**content[name])
@@ -210,12 +211,6 @@ class BitPlan:
         from vsraq.bits.figure import plot_plan
 
         plot_plan(self, Path(path))
-
-
-def _digest(content: Mapping[str, Any]) -> str:
-    """Return a digest of a plan's values, as they are in a file."""
-    text = json.dumps(content, sort_keys=True)
-    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
 def _unit(content: Mapping[str, Any]) -> PlannedUnit:

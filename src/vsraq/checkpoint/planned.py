@@ -17,7 +17,7 @@ from vsraq.checkpoint.names import OwnNames
 from vsraq.checkpoint.reader import Checkpoint
 
 PLAN_FILE = "vsraq_bit_plan.json"
-PLAN_FORMAT = "vsraq bit plan 1"
+PLAN_FORMAT = "vsraq bit plan 2"
 # of a config and those inside it; they differ between copies of one model
 _VOLATILE = frozenset(
     {
@@ -43,6 +43,32 @@ def config_digest(config: Any) -> str:
     """
     # what a class says of itself may differ between versions of transformers
     text = json.dumps(_lasting(config.to_diff_dict()), sort_keys=True, default=str)
+    return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
+
+
+def check_plan_file(content: dict[str, Any]) -> None:
+    """Refuse a plan that is not as it was written.
+
+    Args:
+        content: What the file says.
+
+    Raises:
+        ValueError: It has another format, or was changed.
+    """
+    found = content.get("format")
+    if found != PLAN_FORMAT:
+        raise ValueError(f"format {found!r}, not {PLAN_FORMAT!r}")
+    if content.get("digest") != plan_digest(content):
+        raise ValueError(
+            "it was changed after it was written; make a plan anew, or change its "
+            "layer_config where AutoRound gets it"
+        )
+
+
+def plan_digest(content: Mapping[str, Any]) -> str:
+    """Return a digest of what the file of a plan says."""
+    said = {name: value for name, value in content.items() if name != "digest"}
+    text = json.dumps(said, sort_keys=True)
     return f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
 
 
@@ -121,8 +147,7 @@ def read_layers(path: Path) -> tuple[str, PlannedLayers]:
     """
     try:
         plan = json.loads(path.read_text(encoding="utf-8"))
-        if plan["format"] != PLAN_FORMAT:
-            raise ValueError(f"format {plan['format']!r}, not {PLAN_FORMAT!r}")
+        check_plan_file(plan)
         names = [name for unit in plan["units"] for name in unit["layers"]]
         layers = PlannedLayers(plan["default"], plan["layer_config"], names)
         for name in layers:

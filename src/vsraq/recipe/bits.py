@@ -249,7 +249,12 @@ def _kept(recipe: Recipe, *, warn: bool = False) -> BitPlan | None:
     path = plan_path(recipe)
     if not path.is_file():
         return None
-    plan = BitPlan.load(path)
+    try:
+        plan = BitPlan.load(path)
+    except ValueError as error:
+        if warn:
+            logger.warning("vsraq: %s: a plan is made anew", error)
+        return None
     wanted = plan_settings(recipe)
     names = sorted(n for n in wanted if plan.settings.get(n) != wanted[n])
     if config_digest(model_config(recipe)) != plan.config_digest:
@@ -316,17 +321,14 @@ def _refuse_unloaded(names: list[str], recipe: Recipe, engine: Engine) -> None:
 def _check_scheme(recipe: Recipe, plan: BitPlan) -> None:
     """Refuse a plan whose scheme has other fields, or that a format does not hold."""
     fields = preview_resolved_attrs(recipe.algorithm_config(), recipe.scheme)
-    stored = {n: (plan.default[n], fields[n]) for n in _STORED if n in plan.default}
-    changes = _scheme_changes(recipe)
-    made = plan.settings.get("scheme_changes", plan.default)
-    others = set(changes) | set(plan.settings.get("scheme_changes", ()))
-    stored |= {n: (made.get(n), changes.get(n)) for n in sorted(others - set(_STORED))}
-    runtime = plan.settings.get("runtime", {})
-    stored |= {
-        name: (runtime.get(name), recipe.runtime.get(name))
-        for name in ("quant_lm_head", "to_quant_block_names")
-        if runtime.get(name) or recipe.runtime.get(name)
-    }
+    stored = {n: (plan.default[n], fields[n]) for n in plan.default if n in fields}
+    runtime = plan.settings.get("runtime")
+    if runtime is not None:  # a plan made in Python does not have them
+        stored |= {
+            name: (runtime.get(name), recipe.runtime.get(name))
+            for name in ("quant_lm_head", "to_quant_block_names")
+            if runtime.get(name) or recipe.runtime.get(name)
+        }
     for name, (planned, given) in stored.items():
         if planned != given:
             raise ValueError(

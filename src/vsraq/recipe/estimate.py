@@ -4,7 +4,6 @@
 docs/recipes.md says how it was checked, and what it does not know.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from vsraq.recipe.layers import Layer
 from vsraq.recipe.memory import RunMemory, Settings, graph_bytes, run_memory
 from vsraq.recipe.published import published_bytes
 from vsraq.recipe.recipe import Recipe
+from vsraq.recipe.streaming import is_streamed
 
 OPERATIONS_PER_SECOND = 1e14
 BYTES_PER_SECOND = 4.8e11
@@ -134,7 +134,7 @@ def memory_settings(found: Inspected) -> Settings:
     tunes_head = found.head is not None and recipe.tunes
     # AutoRound loads a model whole to tune its output projection, or without samples
     streamed = recipe.needs_samples and not tunes_head
-    streamed = streamed and not os.environ.get("AR_DISABLE_META_LOAD")
+    streamed = streamed and is_streamed(found.config, recipe.model)
     samples = calibration.nsamples if recipe.needs_samples else 0
     loaded = found.outside if streamed else found.parameters
     return Settings(

@@ -20,6 +20,7 @@ from vsraq.recipe.bits import check_bit_plan, plan_choices
 from vsraq.recipe.layers import Layer, model_blocks, recipe_layers, tuned_blocks
 from vsraq.recipe.model import model_config, skeleton
 from vsraq.recipe.recipe import Recipe
+from vsraq.recipe.streaming import check_streamed
 from vsraq.routers import Router, find_routers
 
 
@@ -179,10 +180,11 @@ def inspect(recipe: Recipe) -> Inspected:
     Raises:
         FileNotFoundError: The model or the bit plan is missing.
         ValueError: The model's config cannot be read, it is no mixture of experts, or
-            the bit plan is for another one.
+            the bit plan is for another one, or AutoRound cannot stream it.
     """
     config = recipe.algorithm_config()
     found = model_config(recipe)
+    check_streamed(found, recipe.model)
     model = skeleton(found, recipe)
     aligned = isinstance(config, VSRAQConfig) and config.alignment
     pattern = config.router_pattern if isinstance(config, VSRAQConfig) else None
@@ -193,6 +195,8 @@ def inspect(recipe: Recipe) -> Inspected:
             "allowed are mixture-of-experts models, or method: auto_round without bits"
         )
     plan = check_bit_plan(recipe, found)
-    every = find_routers(model, router_pattern=pattern, others=True)
+    every = routers
+    if recipe.bits is not None and pattern is not None:
+        every = find_routers(model, router_pattern=pattern, others=True)
     layers = recipe_layers(model, every, recipe)
     return Inspected(recipe, found, model, routers, every, layers, plan)
