@@ -3,7 +3,7 @@
 
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -175,23 +175,30 @@ def format_aims(table: Mapping[Key, Row]) -> str:
     for (schemes, budget), (kl, jaccard) in AIMS.items():
         for way in (*PLANS, "AutoScheme"):
             found = [
-                row
-                for (_, *key_), row in table.items()
+                (model.split(",")[0], row)  # of all weights
+                for (model, *key_), row in table.items()
                 if key_[0] in schemes and key_[1:] == [budget, way, "default"]
             ]
             if found:
                 means = [
-                    100 * statistics.mean(map(statistics.mean, closed))
-                    for closed in (
-                        [row.jaccard_closed for row in found],
-                        [row.kl_closed for row in found],
-                    )
+                    100 * _mean_of_models(found, lambda row: row.jaccard_closed),
+                    100 * _mean_of_models(found, lambda row: row.kl_closed),
                 ]
                 lines.append(
                     f"| {', '.join(schemes)} | {budget} | {way} | {len(found)} | "
                     f"{means[0]:.1f} | {jaccard:.0f} | {means[1]:.1f} | {kl:.0f} |"
                 )
     return "\n".join(lines)
+
+
+def _mean_of_models(
+    found: Sequence[tuple[str, Row]], closed: Callable[[Row], list[float]]
+) -> float:
+    """Mean over the models of the mean over each one's cells."""
+    by_model: dict[str, list[float]] = defaultdict(list)
+    for model, row in found:
+        by_model[model].append(statistics.mean(closed(row)))
+    return statistics.mean(map(statistics.mean, by_model.values()))
 
 
 def format_duels(table: Mapping[Key, Row]) -> str:
