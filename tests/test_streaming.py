@@ -8,8 +8,6 @@ import sys
 
 import pytest
 
-import tiny
-
 # AutoRound splits the experts of gpt_oss itself, and puts a layer of its own in the
 # place of deepseek_v3's.
 STREAMED = {"nemotron_h": True, "gpt_oss": False, "deepseek_v3": False}
@@ -18,12 +16,13 @@ STREAMED = {"nemotron_h": True, "gpt_oss": False, "deepseek_v3": False}
 LOAD = """
 import json
 import sys
+from pathlib import Path
 from auto_round import AutoRound
 from transformers import AutoConfig
 import tiny
 from vsraq.recipe.streaming import is_streamed
 
-path = sys.argv[1]
+path = str(tiny.save(sys.argv[1], Path(sys.argv[2])))
 before = is_streamed(AutoConfig.from_pretrained(path), path)
 with tiny.bfloat16():
     run = AutoRound(path, dataset=tiny.calibration(), **tiny.RUN)
@@ -36,10 +35,9 @@ print(json.dumps([before, found, after]))
 
 @pytest.mark.parametrize("family", STREAMED)
 def test_as_autoround_decides(family, tmp_path):
-    source = tiny.save(family, tmp_path / family)
     path = os.pathsep.join(sys.path)
     done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(source)],
+        [sys.executable, "-c", LOAD, family, str(tmp_path)],
         env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,

@@ -36,10 +36,12 @@ def is_streamed(config: Any, path: str) -> bool:
     if split & set(_config_model_types(config)):
         return False
     local = Path(path).is_dir()
+    if local and checkpoint_has_native_fused_moe_experts(path):
+        return True
     if config.model_type in MODEL_CONFIG and (not local or pre_check_config(path)):
         return False
     fused: bool = config_has_fused_moe_experts(config)
-    return fused or (local and bool(checkpoint_has_native_fused_moe_experts(path)))
+    return fused
 
 
 def check_streamed(config: Any, path: str) -> None:
