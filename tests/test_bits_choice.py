@@ -63,7 +63,7 @@ def test_no_choice_is_better(scale, damage):
         size, active, actual = totals(units, choose(units, limit, active_limit))
         assert size <= limit  # not by a byte
         assert active_limit is None or active <= active_limit
-        assert actual == pytest.approx(expected, rel=1e-5, abs=1e-9 * damage)
+        assert actual == pytest.approx(expected, rel=1e-6, abs=1e-9 * damage)
     assert found > 20
 
 
@@ -81,7 +81,7 @@ def test_one_bad_offer_does_not_hide_the_others(bad):
         limit = rng.randint(least, 2 * least)
         expected = best(units, limit, None)
         _, _, actual = totals(units, choose(units, limit, None))
-        assert actual == pytest.approx(expected, rel=1e-5)
+        assert actual == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_byte_counts_in_a_terabyte():

@@ -28,7 +28,7 @@ from vsraq.autoround.planning import (
 from vsraq.autoround.planning_tokens import token_batches
 from vsraq.autoround.unit_damage import MeasuredModel, SchemeFields
 from vsraq.bits.engines import get_engine
-from vsraq.bits.limits import Sizes
+from vsraq.bits.limits import Sizes, smallest
 from vsraq.bits.units import find_units, merge_units
 
 _TOKENS, _SEQLEN = 4096, 512
@@ -104,10 +104,9 @@ def choose_by_damage(
         for unit in units
         for name, schemes in candidates.schemes[unit.name].items()
     }
+    smallest_bits = smallest(bits_of, units)[0]
+    _check_average(auto_scheme.avg_bits, smallest_bits + fixed, weights, base)
     sizes = Sizes(bits_of, limit)
-    _check_average(
-        auto_scheme.avg_bits, sizes.smallest(units)[0] + fixed, weights, base
-    )
     seqlen = auto_scheme.seqlen or _SEQLEN
     tokens = (auto_scheme.nsamples or -(-_TOKENS // seqlen)) * seqlen
     data = auto_scheme.dataset or dataset

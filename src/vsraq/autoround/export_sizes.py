@@ -12,7 +12,7 @@ from vsraq.autoround.planning import Candidates
 from vsraq.autoround.prepared_model import PreparedModel
 from vsraq.bits.budget import budget_bytes
 from vsraq.bits.damage import Damage
-from vsraq.bits.limits import Sizes
+from vsraq.bits.limits import Sizes, smallest
 from vsraq.bits.plan import Cost
 from vsraq.bits.sizes import plain_bytes, unit_bytes
 from vsraq.bits.units import Unit
@@ -95,28 +95,28 @@ class ExportSizes:
         Raises:
             ValueError: A budget is neither, or less than the smallest schemes take.
         """
-        smallest, read = Sizes(self.bytes_of, 0).smallest(self.units)
+        least, least_read = smallest(self.bytes_of, self.units)
         uniform = self.bytes(self.base)
-        limit = _limit(("budget", budget), uniform, self.plain, smallest)
+        limit = _limit(("budget", budget), uniform, self.plain, least)
         if active_budget is None:
             return Sizes(self.bytes_of, limit)
         active = _limit(
             ("active_budget", active_budget),
             self.active(self.base),
             self.plain_active,
-            read,
+            least_read,
         )
         return Sizes(self.bytes_of, limit, active)
 
 
 def _limit(
-    given: tuple[str, str | int], uniform: float, plain: int, smallest: float
+    given: tuple[str, str | int], uniform: float, plain: int, units: float
 ) -> float:
     """Return what a budget leaves for the units."""
     name, budget = given
     allowed = budget_bytes(name, budget, uniform)
-    if allowed < plain + smallest:
-        least = math.ceil(plain + smallest)
+    if allowed < plain + units:
+        least = math.ceil(plain + units)
         raise ValueError(
             f"{name}={budget!r}: it allows {allowed:,.0f} bytes, and with the smallest "
             f"schemes there are {least:,}; allowed is {name}="

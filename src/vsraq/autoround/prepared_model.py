@@ -17,7 +17,7 @@ from vsraq.autoround.checks import check_stream
 from vsraq.autoround.planning import own_fields, scheme_fields
 from vsraq.autoround.unit_damage import MeasuredModel, SchemeFields
 from vsraq.checkpoint import Checkpoint
-from vsraq.checkpoint.planned import to_pattern
+from vsraq.checkpoint.planned import is_ignored, to_pattern
 from vsraq.routers import Router, find_routers
 
 _WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -143,11 +143,9 @@ class PreparedModel:
 def _named(layers: Iterable[str], kwargs: Mapping[str, Any]) -> Iterator[str]:
     """Yield the layers that the user names, as AutoRound looks names up."""
     patterns = [to_pattern(name) for name in kwargs.get("layer_config") or ()]
-    ignored = [part.strip() for part in (kwargs.get("ignore_layers") or "").split(",")]
+    ignored = kwargs.get("ignore_layers") or ""
     for layer in layers:
-        if any(pattern.search(layer) for pattern in patterns) or any(
-            part and part in layer for part in ignored
-        ):
+        if is_ignored(layer, ignored) or any(p.search(layer) for p in patterns):
             yield layer
 
 

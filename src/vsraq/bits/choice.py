@@ -11,8 +11,6 @@ from typing import NamedTuple
 import numpy
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-_UNIT = 10.0  # times the damage of the best choice; the solver misses 1e-6 of a unit
-
 
 class Offer(NamedTuple):
     """One scheme for one unit.
@@ -126,7 +124,7 @@ def _solve(
             allowed = allowed - excess.clip(min=0)
             continue
         most = damages @ taken
-        if unit <= _UNIT * most or not most:
+        if unit <= most or not most:
             return taken
 
 

@@ -21,14 +21,22 @@ class Sizes:
     limit: float
     active_limit: float | None = None
 
-    def smallest(self, units: Sequence[Unit]) -> tuple[float, float]:
-        """What all units take at least, and what a token reads of them at least."""
-        least: dict[str, float] = {}
-        for (name, _), size in self.of.items():
-            least[name] = min(size, least.get(name, size))
-        return sum(least.values()), sum(least[u.name] * u.read for u in units)
-
     @property
     def limits(self) -> tuple[float, float | None]:
         """Both limits."""
         return self.limit, self.active_limit
+
+
+def smallest(
+    sizes: Mapping[tuple[str, str], float], units: Sequence[Unit]
+) -> tuple[float, float]:
+    """Compute what all units take at least, and what a token reads of them at least.
+
+    Args:
+        sizes: Of a unit with a scheme, by their names.
+        units: The units.
+    """
+    least: dict[str, float] = {}
+    for (name, _), size in sizes.items():
+        least[name] = min(size, least.get(name, size))
+    return sum(least.values()), sum(least[u.name] * u.read for u in units)

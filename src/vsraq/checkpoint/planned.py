@@ -136,6 +136,12 @@ def to_pattern(name: str) -> re.Pattern[str]:
     return re.compile(re.sub(r"\.(?!\*)", r"\\.", name))
 
 
+def is_ignored(layer: str, ignore_layers: str) -> bool:
+    """Whether AutoRound's `ignore_layers`, parts of names, names a layer."""
+    parts = (part.strip() for part in ignore_layers.split(","))
+    return any(part and part in layer for part in parts)
+
+
 def read_layers(path: Path) -> tuple[str, PlannedLayers]:
     """Read a kept plan.
 

@@ -21,6 +21,7 @@ from vsraq.checkpoint.planned import (
     PLAN_FILE,
     PlannedLayers,
     config_digest,
+    is_ignored,
     to_pattern,
 )
 from vsraq.recipe.model import model_config
@@ -193,10 +194,9 @@ def run_layer_config(recipe: Recipe, plan: BitPlan) -> dict[str, Any]:
             result[name] = entry
     ignored = recipe.runtime.get("ignore_layers", "")
     if ignored and made.get("ignore_layers") != ignored:
-        for name in ignored.split(","):
-            for layer in (n for n in planned if name.strip() in n):
-                value = f"ignore_layers={ignored!r}"
-                _refuse_other(value, layer, {"bits": 16}, planned)
+        for layer in (n for n in planned if is_ignored(n, ignored)):
+            value = f"ignore_layers={ignored!r}"
+            _refuse_other(value, layer, {"bits": 16}, planned)
     return result
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from vsraq.autoround.planning import scheme_fields
 from vsraq.bits.sizes import layer_bytes
 from vsraq.blocks import decoder_blocks
-from vsraq.checkpoint.planned import to_pattern
+from vsraq.checkpoint.planned import is_ignored, to_pattern
 from vsraq.recipe.recipe import Recipe
 from vsraq.routers import Router, expert_containers, linear_map
 
@@ -165,7 +165,7 @@ def _head(
 def _fields(name: str, default: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Return what a recipe says of a layer; `ignore_layers` comes first."""
     ignored = recipe.runtime.get("ignore_layers", "")
-    if any(part.strip() in name for part in ignored.split(",") if part.strip()):
+    if is_ignored(name, ignored):
         return {**default, "bits": 16}
     fields = dict(default)
     for key, entry in recipe.runtime.get("layer_config", {}).items():
